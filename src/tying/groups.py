@@ -1,0 +1,127 @@
+"""A parameter read as a `(G, D)` matrix of comparable groups, and back.
+
+Everything else in the package (penalties, clusters, plans) works on that matrix and never on the parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from tying.errors import PlanError
+
+Kind = Literal["inputs", "outputs", "filters", "elements", "whole"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A way to read a parameter as `G` groups of `D` numbers each: a bijection.
+
+    | kind       | one group is                                       | G         | D               |
+    |------------|----------------------------------------------------|-----------|-----------------|
+    | `inputs`   | everything that reads one input unit or channel    | shape[1]  | numel / shape[1]|
+    | `outputs`  | everything that makes one output unit or channel   | shape[0]  | numel / shape[0]|
+    | `filters`  | what one output makes of one input (a conv kernel) | s[0]·s[1] | prod(shape[2:]) |
+    | `elements` | a single number                                    | numel     | 1               |
+    | `whole`    | the parameter                                      | 1         | numel           |
+
+    Example:
+        >>> import torch
+        >>> weight = torch.arange(6.0).reshape(2, 3)  # nn.Linear(3, 2).weight
+        >>> Groups.inputs().read(weight)
+        tensor([[0., 3.],
+                [1., 4.],
+                [2., 5.]])
+        >>> Groups.inputs().shape(weight.shape)
+        (3, 2)
+    """
+
+    kind: Kind
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise PlanError(f"Groups.kind: expected one of {get_args(Kind)}, got {self.kind!r}; pick one of them")
+
+    @staticmethod
+    def inputs() -> Groups:
+        """One group per input unit or channel: dimension 1 of `nn.Linear.weight` and `nn.ConvNd.weight`."""
+        return Groups("inputs")
+
+    @staticmethod
+    def outputs() -> Groups:
+        """One group per output unit or channel: dimension 0."""
+        return Groups("outputs")
+
+    @staticmethod
+    def filters() -> Groups:
+        """One group per (output, input) pair: one kernel of a convolution, one number of a linear layer."""
+        return Groups("filters")
+
+    @staticmethod
+    def elements() -> Groups:
+        """One group per number."""
+        return Groups("elements")
+
+    @staticmethod
+    def whole() -> Groups:
+        """One group: the whole parameter."""
+        return Groups("whole")
+
+    def shape(self, parameter_shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+        """Return `(G, D)` for a parameter of this shape.
+
+        Raises:
+            PlanError: If a parameter of this shape has no such groups (a bias has no inputs).
+        """
+        shape = tuple(parameter_shape)
+        needed = {"inputs": 2, "filters": 2, "outputs": 1, "elements": 0, "whole": 0}[self.kind]
+        if len(shape) < needed:
+            raise PlanError(
+                f"Groups.{self.kind}(): expected a parameter with at least {needed} dimension(s), got shape {shape}; "
+                "use Groups.elements() or Groups.whole() for it"
+            )
+        total = 1
+        for size in shape:
+            total *= size
+        count = {
+            "inputs": lambda: shape[1],
+            "outputs": lambda: shape[0],
+            "filters": lambda: shape[0] * shape[1],
+            "elements": lambda: total,
+            "whole": lambda: 1,
+        }[self.kind]()
+        return count, (total // count if count else 0)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as `(G, D)`: same dtype and device, a view where strides allow it, differentiable."""
+        count, size = self.shape(tensor.shape)
+        if self.kind == "inputs":
+            tensor = tensor.transpose(0, 1)
+        return tensor.reshape(count, size)
+
+    def write(self, matrix: Tensor, parameter_shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """Return the `(G, D)` matrix as a parameter of this shape: the inverse of `read`.
+
+        Raises:
+            PlanError: If the matrix is not the `(G, D)` of a parameter of this shape.
+        """
+        shape = tuple(parameter_shape)
+        expected = self.shape(shape)
+        if tuple(matrix.shape) != expected:
+            raise PlanError(
+                f"Groups.{self.kind}(): expected a matrix of shape {expected} for a parameter of shape {shape}, "
+                f"got {tuple(matrix.shape)}; pass what `read` returned for such a parameter"
+            )
+        if self.kind == "inputs":
+            return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+        return matrix.reshape(shape)
+
+    def norms(self, tensor: Tensor) -> Tensor:
+        """Return the l2 norm of every group, `(G,)` float64: norms in 16 bit create false ties."""
+        return torch.linalg.vector_norm(self.read(tensor.detach()), dim=1, dtype=torch.float64)
+
+    def __str__(self) -> str:
+        return cast(str, self.kind)
