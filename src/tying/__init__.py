@@ -1,0 +1,1 @@
+"""Parameter tying and parameter sharing for PyTorch."""

@@ -1,0 +1,1 @@
+"""Which layers read which channels, exactly: labels pushed through the exported graph."""

@@ -1,0 +1,1 @@
+"""Layers that compute with tied weights, as `torch.nn` has them."""

@@ -1,0 +1,1 @@
+"""A self-contained page with the pictures."""
