@@ -1,0 +1,1 @@
+"""Runnable benchmarks; results are kept as data under `benchmarks/results/`."""

