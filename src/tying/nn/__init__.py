@@ -1,1 +1,5 @@
-"""Layers that compute with tied weights, as `torch.nn` has them."""
+"""Layers, as torch.nn has them."""
+
+from tying.nn.tied import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+
+__all__ = ["TiedConv1d", "TiedConv2d", "TiedConv3d", "TiedLinear"]

@@ -1,0 +1,371 @@
+"""Layers that compute with tied weights: the inputs of each label are summed once, then one small product.
+
+For a weight whose input groups are equal wherever their labels are, `W x = Σ_k w_k · (Σ_{i: label(i)=k} x_i)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tying.errors import PlanError
+from tying.groups import Groups
+from tying.plan import Partition
+
+Size: TypeAlias = int | Sequence[int]
+PlainConv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Conv = TypeVar("Conv", bound="_TiedConv")
+
+
+class _TiedInputs(nn.Module):
+    """What the tied layers share: the labels of the inputs, and the sum of the inputs of each label."""
+
+    labels: Tensor
+    """`(G,)` int64: one label per input, −1 = not read. A buffer: saved, moved and loaded with the weight."""
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _kept: Tensor
+    _targets: Tensor
+
+    def __init__(
+        self,
+        labels: ArrayLike | Tensor,
+        out: int,
+        kernel: tuple[int, ...],
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        partition = Partition(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+        if not partition.classes:
+            raise PlanError(
+                f"labels: expected at least one input that is read, got {len(partition)} labels, all −1 (pruned); "
+                "keep an input, or replace the layer by its bias"
+            )
+        self.weight = nn.Parameter(torch.empty((out, partition.classes, *kernel), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("labels", torch.as_tensor(partition.labels.copy(), device=device))
+        kept, targets = _indices(partition)
+        self.register_buffer("_kept", kept.to(self.labels.device), persistent=False)
+        self.register_buffer("_targets", targets.to(self.labels.device), persistent=False)
+        self.register_load_state_dict_post_hook(_refresh)
+        self.reset_parameters()
+
+    @property
+    def partition(self) -> Partition:
+        """The labels as a `Partition`."""
+        return Partition(self.labels.cpu().numpy())
+
+    @property
+    def classes(self) -> int:
+        """K, the number of distinct labels: the inputs of the small product."""
+        return self.weight.shape[1]
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as torch.nn does, from U(−b, b), b = 1/√(numbers one output of the dense twin reads)."""
+        bound = 1 / math.sqrt(len(self._kept) * math.prod(self.weight.shape[2:]))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def sum_inputs(self, x: Tensor, dim: int) -> Tensor:
+        """Sum the inputs of each label along `dim`: `(…, G, …)` → `(…, K, …)`, same dtype.
+
+        Raises:
+            RuntimeError: If `x` has not G inputs along `dim`, as a plain layer does.
+        """
+        if x.shape[dim] != self.labels.shape[0]:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected {self.labels.shape[0]} inputs in dimension {dim}, got an input of "
+                f"shape {tuple(x.shape)}; pass what the dense layer takes"
+            )
+        kept, classes = self._kept.shape[0], self.classes
+        if classes == x.shape[dim]:
+            return x
+        read = x.index_select(dim, self._kept)
+        if classes == kept:
+            return read
+        shape = list(x.shape)
+        shape[dim] = classes
+        return x.new_zeros(shape).index_add(dim, self._targets, read)
+
+    def _small_weight(self, dense: Tensor) -> Tensor:
+        """Average the dense weight's input groups of each label, in float64: `(out, G, …)` → `(out, K, …)`."""
+        partition = self.partition
+        if dense.shape[1] != len(partition):
+            raise PlanError(
+                f"labels: expected {dense.shape[1]} labels, one per input of the layer, got {len(partition)}; "
+                "make the plan for this layer"
+            )
+        mean = partition.mean(Groups.inputs().read(dense.detach()).double())
+        return Groups.inputs().write(mean, (dense.shape[0], partition.classes, *dense.shape[2:]))
+
+    def _dense_weight(self) -> Tensor:
+        """Give every input its label's weight, zero where it is not read: `(out, K, …)` → `(out, G, …)`."""
+        full = self.partition.expand(Groups.inputs().read(self.weight.detach()))
+        return Groups.inputs().write(full, (self.weight.shape[0], len(self.labels), *self.weight.shape[2:]))
+
+    def _tied_repr(self) -> str:
+        return f"read={len(self._kept)}, classes={self.classes}, bias={self.bias is not None}"
+
+
+class TiedLinear(_TiedInputs):
+    """A linear layer with tied input groups: `y = W s + b`, `s_k = Σ_{i: labels[i]=k} x_i`.
+
+    Shapes: input `(*, G)`, output `(*, out_features)`, any number of leading dimensions; `weight (out, K)`,
+    `bias (out,)`, float64, float32 or a 16-bit type (which also sums the inputs in that type). The gradient of a
+    weight is the sum of the gradients of the dense weights it stands for.
+
+    Args:
+        labels: `(G,)` integers, one per input: same label = same weights, −1 = not read.
+        out_features: Number of outputs.
+        bias: Whether to add a learned bias.
+        device: Where the tensors live.
+        dtype: Of weight and bias.
+
+    Raises:
+        PlanError: If the labels are malformed, or no input is read.
+
+    Example:
+        >>> dense = torch.nn.Linear(5, 2)
+        >>> tied = TiedLinear.from_linear(dense, [0, 0, -1, 1, 0])
+        >>> tied
+        TiedLinear(in_features=5, out_features=2, read=4, classes=2, bias=True)
+        >>> x = torch.randn(3, 5)
+        >>> torch.allclose(tied(x), tied.to_linear()(x), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        labels: ArrayLike | Tensor,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(labels, out_features, (), bias, device, dtype)
+        self.in_features = len(self.labels)
+        self.out_features = out_features
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, labels: ArrayLike | Tensor) -> TiedLinear:
+        """Tie a linear layer's inputs: each small weight is the mean of its label's input groups, the bias is copied.
+
+        Raises:
+            PlanError: If the labels are not one per input, or no input is read.
+        """
+        weight, bias = linear.weight, cast("nn.Parameter | None", linear.bias)
+        tied = cls(labels, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype)
+        return _fill(tied, tied._small_weight(weight), linear)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the dense layer with the same outputs."""
+        weight = self.weight
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device=weight.device, dtype=weight.dtype)
+        return _fill(linear, self._dense_weight(), self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(*, G)` to `(*, out_features)`."""
+        return functional.linear(self.sum_inputs(x, x.dim() - 1), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print` shows: sizes, how many inputs are read, and to how many values they are tied."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._tied_repr()}"
+
+
+class _TiedConv(_TiedInputs):
+    """A convolution whose input channels are tied."""
+
+    plain: ClassVar[type[PlainConv]]
+    dimensions: ClassVar[int]
+
+    def __init__(
+        self,
+        labels: ArrayLike | Tensor,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        bias: bool = True,
+        *,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if padding_mode != "zeros":
+            raise PlanError(
+                f"padding_mode: expected 'zeros', got {padding_mode!r}; keep the plain layer, or tie it with tie_"
+            )
+        kernel = self._per_dimension("kernel_size", kernel_size)
+        super().__init__(labels, out_channels, kernel, bias, device, dtype)
+        self.in_channels = len(self.labels)
+        self.out_channels = out_channels
+        self.kernel_size = kernel
+        self.stride = self._per_dimension("stride", stride)
+        self.dilation = self._per_dimension("dilation", dilation)
+        self.padding = padding if isinstance(padding, str) else self._per_dimension("padding", padding)
+
+    @classmethod
+    def from_conv(cls: type[Conv], conv: PlainConv, labels: ArrayLike | Tensor) -> Conv:
+        """Tie a convolution's input channels: each small kernel is the mean of its label's, the bias is copied.
+
+        Raises:
+            PlanError: If the labels are not one per input channel, none is read, or the layer has groups or a
+                padding mode other than zeros.
+        """
+        if not isinstance(conv, cls.plain) or conv.groups != 1:
+            raise PlanError(
+                f"conv: expected {cls.plain.__name__} with groups=1, got {conv}; keep the plain layer, or tie its "
+                "weight with tie_"
+            )
+        weight, bias = conv.weight, cast("nn.Parameter | None", conv.bias)
+        tied = cls(
+            labels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias is not None,
+            padding_mode=conv.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return _fill(tied, tied._small_weight(weight), conv)
+
+    def to_conv(self) -> PlainConv:
+        """Return the dense convolution with the same outputs."""
+        plain = cast("type[Any]", self.plain)
+        conv = plain(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        return _fill(cast("PlainConv", conv), self._dense_weight(), self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, G, …)` or `(G, …)` to `(N, out_channels, …)` or `(out_channels, …)`."""
+        summed = self.sum_inputs(x, x.dim() - 1 - self.dimensions)
+        convolve = cast("Any", (functional.conv1d, functional.conv2d, functional.conv3d)[self.dimensions - 1])
+        return convolve(summed, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        """What `print` shows: sizes, how many channels are read, and to how many values they are tied."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, {self._tied_repr()}"
+        )
+
+    def _per_dimension(self, name: str, size: Size) -> tuple[int, ...]:
+        sizes = (size,) * self.dimensions if isinstance(size, int) else tuple(size)
+        if len(sizes) != self.dimensions:
+            raise PlanError(
+                f"{name}: expected an integer or {self.dimensions} of them, got {size}; pass one of the two"
+            )
+        return sizes
+
+
+class TiedConv1d(_TiedConv):
+    """`torch.nn.Conv1d` with tied input channels: the channels of each label are summed, then one small convolution.
+
+    Shapes: input `(N, G, L)` or `(G, L)`; `weight (out, K, kernel)`. `groups` is 1 and padding is with zeros.
+
+    Raises:
+        PlanError: If the labels are malformed, no channel is read, or the padding mode is not zeros.
+
+    Example:
+        >>> TiedConv1d([0, 0, 1], 4, kernel_size=3, padding=1)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 4, 8])
+    """
+
+    plain = nn.Conv1d
+    dimensions = 1
+
+
+class TiedConv2d(_TiedConv):
+    """`torch.nn.Conv2d` with tied input channels: the channels of each label are summed, then one small convolution.
+
+    Shapes: input `(N, G, H, W)` or `(G, H, W)`; `weight (out, K, *kernel)`. `groups` is 1 and padding is with zeros.
+
+    Raises:
+        PlanError: If the labels are malformed, no channel is read, or the padding mode is not zeros.
+
+    Example:
+        >>> tied = TiedConv2d.from_conv(torch.nn.Conv2d(6, 8, 3), [0, 1, 0, -1, 1, 1])
+        >>> tied.weight.shape
+        torch.Size([8, 2, 3, 3])
+    """
+
+    plain = nn.Conv2d
+    dimensions = 2
+
+
+class TiedConv3d(_TiedConv):
+    """`torch.nn.Conv3d` with tied input channels: the channels of each label are summed, then one small convolution.
+
+    Shapes: input `(N, G, D, H, W)` or `(G, D, H, W)`; `weight (out, K, *kernel)`. `groups` is 1, padding is with zeros.
+
+    Raises:
+        PlanError: If the labels are malformed, no channel is read, or the padding mode is not zeros.
+
+    Example:
+        >>> TiedConv3d([0, 0, 1], 4, kernel_size=2)(torch.randn(1, 3, 4, 4, 4)).shape
+        torch.Size([1, 4, 3, 3, 3])
+    """
+
+    plain = nn.Conv3d
+    dimensions = 3
+
+
+def _indices(partition: Partition) -> tuple[Tensor, Tensor]:
+    """The inputs that are read, sorted by label (neighbouring sums stay in cache), and the label of each."""
+    labels = torch.as_tensor(partition.labels.copy())
+    order = torch.argsort(labels, stable=True)
+    kept = order[partition.pruned :]
+    return kept, labels[kept]
+
+
+def _refresh(module: nn.Module, _: object) -> None:
+    """Derive the indices anew from labels that `load_state_dict` brought."""
+    tied = cast(_TiedInputs, module)
+    if tied.labels.is_meta:
+        return
+    partition = tied.partition
+    if partition.classes != tied.weight.shape[1]:
+        raise PlanError(
+            f"labels: expected {tied.weight.shape[1]} distinct labels, as the weight has, got {partition.classes}; "
+            "load the labels together with their weight"
+        )
+    kept, targets = _indices(partition)
+    tied._kept, tied._targets = kept.to(tied.labels.device), targets.to(tied.labels.device)  # pyright: ignore[reportPrivateUsage]
+
+
+_Layer = Any
+
+
+def _fill(layer: _Layer, weight: Tensor, source: _Layer) -> Any:
+    """Give a new layer its weight, the bias, and whether each is trained, and the mode of the one it is made from."""
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if layer.bias is not None:
+            layer.bias.copy_(source.bias)
+            layer.bias.requires_grad_(source.bias.requires_grad)
+    layer.weight.requires_grad_(source.weight.requires_grad)
+    return layer.train(source.training)
