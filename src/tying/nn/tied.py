@@ -335,10 +335,9 @@ class TiedConv3d(_TiedConv):
 
 
 def _indices(partition: Partition) -> tuple[Tensor, Tensor]:
-    """The inputs that are read, sorted by label (neighbouring sums stay in cache), and the label of each."""
+    """The inputs that are read, and the label of each."""
     labels = torch.as_tensor(partition.labels.copy())
-    order = torch.argsort(labels, stable=True)
-    kept = order[partition.pruned :]
+    kept = torch.nonzero(labels >= 0).flatten()
     return kept, labels[kept]
 
 
