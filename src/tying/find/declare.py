@@ -1,0 +1,84 @@
+"""A plan from prior knowledge: these parameters, or these groups of one parameter, are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import nn
+
+from tying.errors import PlanError
+from tying.groups import Groups
+from tying.plan import Member, Partition, Tie, TiePlan
+
+Selector = str | type[nn.Module] | tuple[str | type[nn.Module], Groups]
+"""A name or pattern (`"blocks.*.fc1.weight"`) or a module type (its `weight`s), with the Groups to read it by."""
+
+
+def declare(
+    model: nn.Module,
+    *,
+    labels: Mapping[tuple[str, Groups], ArrayLike] | None = None,
+    equal: Sequence[Sequence[Selector]] = (),
+) -> TiePlan:
+    """Say which weights are equal. The model is only read.
+
+    Args:
+        model: Any module.
+        labels: `(parameter, Groups)` → one label per group: the same label is the same value, −1 is zero.
+        equal: Sets of selectors; the parameters that a set selects are equal to each other, group by group. A
+            selector without `Groups` reads the whole parameter; `[("encoder.weight", Groups.outputs()),
+            ("decoder.weight", Groups.inputs())]` is a transposed tie.
+
+    Raises:
+        PlanError: A selector that matches nothing, a set with fewer than two parameters, groups that don't compare.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
+        >>> transposed = [("encoder.weight", Groups.outputs()), ("decoder.weight", Groups.inputs())]
+        >>> print(declare(model, equal=[transposed]))
+        TiePlan (declare: by hand)
+          encoder.weight[outputs] ~ decoder.weight[inputs]: 6 groups → 3 values, 0 pruned
+    """
+    parameters = dict(model.named_parameters())
+    ties = [Tie.of(name, groups, given) for (name, groups), given in (labels or {}).items()]
+    for selectors in equal:
+        members = [member for selector in selectors for member in _select(model, selector)]
+        if len(members) < 2:
+            raise PlanError(
+                f"equal: expected at least two parameters for {_listed(selectors)}, got {len(members)}; "
+                "widen the pattern"
+            )
+        counts = [member.groups.shape(parameters[member.parameter].shape)[0] for member in members]
+        if len(set(counts)) > 1:
+            raise PlanError(
+                f"{' ~ '.join(map(str, members))}: expected as many groups in each, got {counts}; "
+                "choose the Groups of each member so that they compare"
+            )
+        ties.append(Tie(tuple(members), Partition(np.tile(np.arange(counts[0]), len(members)))))
+    plan = TiePlan(ties, {"declare": "by hand"})
+    plan.check_fits(parameters)
+    return plan
+
+
+def _select(model: nn.Module, selector: Selector) -> list[Member]:
+    pattern, groups = selector if isinstance(selector, tuple) else (selector, Groups.whole())
+    if isinstance(pattern, str):
+        names = [name for name, _ in model.named_parameters() if fnmatchcase(name, pattern)]
+    else:
+        modules = [name for name, module in model.named_modules() if isinstance(module, pattern)]
+        known = dict(model.named_parameters())
+        names = [full for name in modules if (full := f"{name}.weight".lstrip(".")) in known]
+    if not names:
+        available = ", ".join(name for name, _ in model.named_parameters())
+        raise PlanError(
+            f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has {available}"
+        )
+    return [Member(name, groups) for name in names]
+
+
+def _listed(selectors: Sequence[Selector]) -> str:
+    return ", ".join(str(s[0] if isinstance(s, tuple) else s) for s in selectors)

@@ -1,0 +1,196 @@
+"""A plan from trained weights: groups near zero go, groups that resemble each other tie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tying.errors import PlanError
+from tying.find.budget import Candidate, Family, count_bytes, count_values
+from tying.find.clusters import LINKAGES, Method, cluster
+from tying.groups import Groups
+from tying.plan import Member, TiePlan
+
+T = TypeVar("T")
+
+PerMember = T | Mapping[str | tuple[str, Groups], T]
+"""One value for all members, or one each: keyed by parameter name, or by (parameter name, Groups)."""
+
+
+def discover(
+    model: nn.Module,
+    groups: Mapping[str, Groups | tuple[Groups, ...]],
+    *,
+    clusters: PerMember[int | None] = None,
+    keep: PerMember[int | None] = None,
+    support: float = 0.05,
+    ratio: float | None = None,
+    bytes_: int | None = None,
+    validate: Callable[[TiePlan], float] | None = None,
+    max_drop: float = 0.003,
+    method: Method = "ward",
+    preference: float = 0.6,
+    seed: int = 0,
+) -> TiePlan:
+    """Find which groups of a trained network can go and which can be equal. The model is not touched.
+
+    A group is pruned (label −1) when its l2 norm is at most `support` times the largest of its parameter: training
+    noise regrows exact zeros, so `== 0` finds nothing. The others are clustered. Where one parameter is read in
+    two ways, `outputs()` comes before `inputs()` and what the first pruned is zero for the second.
+
+    The number of clusters is given (`clusters`), or chosen on the dendrograms of all members, cut at one common
+    height (relative to each member's highest merge), by one of `ratio`, `bytes_`, `validate`. `outputs()` are only
+    pruned then: tying outputs is a narrower layer.
+
+    Args:
+        model: Any module; its floating-point parameters are read, in float64.
+        groups: Parameter name → how to read it as groups (one `Groups`, or several).
+        clusters: How many distinct values the groups of a member keep; None: zero groups only. One number for all
+            leaves `outputs()` untied: name that member to tie it.
+        keep: At most this many groups of a member stay, those of largest norm; None: all within the support.
+        support: Relative norm, in [0, 1), at or below which a group counts as zero.
+        ratio: Numbers in the named parameters ÷ distinct numbers kept; the fewest ties that reach it.
+        bytes_: Bytes for the distinct numbers kept (in the parameter's dtype) and the packed labels.
+        validate: Plan → score, higher is better (accuracy on a validation split); the smallest plan whose score is
+            within `max_drop` of the score without ties, found by bisection.
+        max_drop: For `validate`, in units of the score.
+        method: `ward`, `complete`, `average`, `cosine` (linkages), `kmeans`, or `affinity` (affinity propagation
+            with the paper's similarity; finds the number of clusters itself).
+        preference: For `affinity`: 0.6 (MNIST) or 0.8 (VGG) in the paper's code.
+        seed: For `kmeans` and `affinity`; the linkages have no chance in them.
+
+    Raises:
+        PlanError: A name that is not a parameter of the model, groups that it doesn't have, weights that are not
+            finite, more clusters than non-zero groups, everything pruned, a budget out of reach.
+
+    Source: Zhang, Wang, Figueiredo, Balzano, *Learning to Share*, ICLR 2018 (openreview rypT3fb0b).
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 1.1, 0.0, 5.0], [2.0, 2.1, 0.01, 5.0]]))
+        >>> print(discover(layer, {"weight": Groups.inputs()}, clusters=2))
+        TiePlan (discover: ward, support 0.05)
+          weight[inputs]: 4 groups → 2 values, 1 pruned
+    """
+    if sum(choice is not None for choice in (ratio, bytes_, validate)) > 1:
+        raise PlanError("ratio, bytes_, validate: expected at most one of them, got several; choose one budget")
+    candidates = _candidates(model, groups, keep, support)
+    provenance = {"discover": f"{method}, support {support:g}"}
+    if ratio is None and bytes_ is None and validate is None:
+        named = isinstance(clusters, Mapping)
+        wanted = _per_member(clusters, [c.member for c in candidates], "clusters")
+        ties = [
+            c.tie(_labels(c, wanted[c.member], method, preference, seed) if named or c.tieable else None)
+            for c in candidates
+        ]
+        return TiePlan(ties, provenance)
+    if method not in LINKAGES:
+        raise PlanError(
+            f"method: expected a linkage {LINKAGES} to choose the clusters by a budget, got {method!r}; "
+            "use method='ward', or give `clusters`"
+        )
+    family = Family(candidates, method, provenance)
+    parameters = dict(model.named_parameters())
+    if validate is not None:
+        return family.smallest_within(validate, max_drop)
+    if ratio is not None:
+        total = sum(parameters[name].numel() for name in groups)
+        return family.first_that(lambda plan: count_values(plan, parameters) * ratio <= total, f"ratio={ratio:g}")
+    assert bytes_ is not None
+    return family.first_that(lambda plan: count_bytes(plan, parameters) <= bytes_, f"bytes_={bytes_}")
+
+
+def _candidates(
+    model: nn.Module,
+    groups: Mapping[str, Groups | tuple[Groups, ...]],
+    keep: PerMember[int | None],
+    support: float,
+) -> list[Candidate]:
+    if not 0 <= support < 1:
+        raise PlanError(f"support: expected a relative norm in [0, 1), got {support}; 0.05 is the usual choice")
+    if not groups:
+        raise PlanError(
+            "groups: expected at least one parameter, got none; name one, as {'fc1.weight': Groups.inputs()}"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    members = [
+        Member(name, kind)
+        for name, kinds in groups.items()
+        for kind in sorted(kinds if isinstance(kinds, tuple) else (kinds,), key=lambda g: g != Groups.outputs())
+    ]
+    for member in members:
+        _check(member, parameters)
+    most = _per_member(keep, members, "keep")
+    current = {m.parameter: parameters[m.parameter].detach().double() for m in members}
+    found: list[Candidate] = []
+    for member in members:
+        matrix = member.groups.read(current[member.parameter])
+        norms = matrix.norm(dim=1).numpy()
+        kept = _support(norms, support, most[member], member)
+        zeroed = torch.zeros_like(matrix)
+        zeroed[kept] = matrix[kept]
+        current[member.parameter] = member.groups.write(zeroed, current[member.parameter].shape)
+        found.append(Candidate(member, kept, len(matrix), matrix[kept].numpy()))
+    return found
+
+
+def _support(norms: NDArray[np.float64], support: float, most: int | None, member: Member) -> NDArray[np.int64]:
+    largest = norms.max(initial=0.0)
+    kept = np.flatnonzero(norms > support * largest)
+    if not len(kept):
+        raise PlanError(
+            f"{member}: expected a group that is not zero, got {len(norms)} zero groups; "
+            "train with less strength: this layer has lost everything"
+        )
+    if most is not None and most < 1:
+        raise PlanError(f"keep: expected at least 1 group of {member}, got {most}; ask for 1 or more")
+    if most is not None and most < len(kept):
+        kept = np.sort(kept[np.argsort(-norms[kept], kind="stable")[:most]])
+    return kept
+
+
+def _check(member: Member, parameters: Mapping[str, Tensor]) -> None:
+    parameter = parameters.get(member.parameter)
+    if parameter is None:
+        raise PlanError(
+            f"{member.parameter}: expected a parameter of the model, got none of that name; "
+            f"the model has {', '.join(parameters) or 'no parameters'}: name one of them"
+        )
+    member.groups.shape(parameter.shape)
+    if not parameter.is_floating_point() or not torch.isfinite(parameter).all():
+        raise PlanError(
+            f"{member.parameter}: expected finite floating-point weights, got {parameter.dtype} with "
+            f"{int((~torch.isfinite(parameter)).sum())} NaN or inf; train again with a smaller learning rate"
+        )
+
+
+def _labels(
+    candidate: Candidate, clusters: int | None, method: Method, preference: float, seed: int
+) -> NDArray[np.int64] | None:
+    if clusters is None and method != "affinity":
+        return None
+    try:
+        return cluster(candidate.matrix, method, clusters, seed=seed, preference=preference)
+    except PlanError as error:
+        raise PlanError(f"{candidate.member}: {error}") from error
+
+
+def _per_member(given: PerMember[T], members: list[Member], name: str) -> dict[Member, T | None]:
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(members, given)
+    result: dict[Member, T | None] = dict.fromkeys(members)
+    for key, value in given.items():  # pyright: ignore[reportUnknownVariableType]
+        matching = [m for m in members if key in (m.parameter, (m.parameter, m.groups))]
+        if not matching:
+            raise PlanError(
+                f"{name}: expected keys among {', '.join(map(str, members))}, got {key!r}; "
+                "name a parameter, or a (parameter, Groups) pair, that `groups` names too"
+            )
+        result.update(dict.fromkeys(matching, value))
+    return result
