@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -52,9 +53,9 @@ class _TiedInputs(nn.Module):
         self.weight = nn.Parameter(torch.empty((out, partition.classes, *kernel), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None
         self.register_buffer("labels", torch.as_tensor(partition.labels.copy(), device=device))
-        kept, targets = _indices(partition)
-        self.register_buffer("_kept", kept.to(self.labels.device), persistent=False)
-        self.register_buffer("_targets", targets.to(self.labels.device), persistent=False)
+        kept, targets = _indices(partition, self.labels.device)
+        self.register_buffer("_kept", kept, persistent=False)
+        self.register_buffer("_targets", targets, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
         self.reset_parameters()
 
@@ -334,11 +335,10 @@ class TiedConv3d(_TiedConv):
     dimensions = 3
 
 
-def _indices(partition: Partition) -> tuple[Tensor, Tensor]:
+def _indices(partition: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
     """The inputs that are read, and the label of each."""
-    labels = torch.as_tensor(partition.labels.copy())
-    kept = torch.nonzero(labels >= 0).flatten()
-    return kept, labels[kept]
+    kept = np.flatnonzero(partition.labels >= 0)
+    return torch.as_tensor(kept, device=device), torch.as_tensor(partition.labels[kept], device=device)
 
 
 def _refresh(module: nn.Module, _: object) -> None:
@@ -352,8 +352,7 @@ def _refresh(module: nn.Module, _: object) -> None:
             f"labels: expected {tied.weight.shape[1]} distinct labels, as the weight has, got {partition.classes}; "
             "load the labels together with their weight"
         )
-    kept, targets = _indices(partition)
-    tied._kept, tied._targets = kept.to(tied.labels.device), targets.to(tied.labels.device)  # pyright: ignore[reportPrivateUsage]
+    tied._kept, tied._targets = _indices(partition, tied.labels.device)  # pyright: ignore[reportPrivateUsage]
 
 
 _Layer = Any

@@ -1,0 +1,183 @@
+"""The tied layers against their dense twins: outputs, gradients, saving, exporting, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tying.errors import PlanError
+from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+
+LABELS = {
+    "ties and zeros": [0, 1, -1, 0, 2, 1, -1, 0],
+    "zeros only": [0, -1, 1, 2, -1, 3, -1, 4],
+    "identity": list(range(8)),
+    "permuted names": [7, 6, 5, 4, 3, 2, 1, 0],
+    "one label": [3] * 8,
+    "one input": [-1, -1, -1, -1, -1, 5, -1, -1],
+}
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 5), (3, 8)),
+    "linear without bias": (lambda: nn.Linear(8, 5, bias=False), (3, 8)),
+    "linear, leading dims": (lambda: nn.Linear(8, 5), (2, 3, 4, 8)),
+    "linear, one vector": (lambda: nn.Linear(8, 5), (8,)),
+    "conv1d": (lambda: nn.Conv1d(8, 5, 3, padding=1), (2, 8, 7)),
+    "conv1d, unbatched": (lambda: nn.Conv1d(8, 5, 3, stride=2), (8, 7)),
+    "conv2d": (lambda: nn.Conv2d(8, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 8, 7, 6)),
+    "conv2d, same": (lambda: nn.Conv2d(8, 5, 3, padding="same", bias=False), (2, 8, 5, 5)),
+    "conv2d, unbatched": (lambda: nn.Conv2d(8, 5, 3), (8, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(8, 5, 2, padding=1), (2, 8, 3, 4, 3)),
+}
+
+
+def tie(layer: nn.Module, labels: list[int]) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return TiedLinear.from_linear(layer, labels)
+    kind = {nn.Conv1d: TiedConv1d, nn.Conv2d: TiedConv2d, nn.Conv3d: TiedConv3d}[type(layer)]
+    return kind.from_conv(layer, labels)
+
+
+def dense(layer: nn.Module, labels: list[int]) -> nn.Module:
+    """The oracle: the layer with every input's weight replaced by the mean over its label, in plain loops."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        for i, label in enumerate(labels):
+            same = [j for j, other in enumerate(labels) if other == label]
+            twin.weight[:, i] = 0 if label < 0 else sum(layer.weight[:, j] for j in same) / len(same)
+    return twin
+
+
+def law_same_outputs(tied: nn.Module, twin: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(tied(x), twin(x), rtol=1e-12, atol=1e-12)
+
+
+def law_gradients_add_up(tied: nn.Module, twin: nn.Module, x: Tensor, labels: list[int]) -> None:
+    gradients = []
+    for module in (tied, twin):
+        given = x.clone().requires_grad_()
+        module.zero_grad()
+        (module(given) ** 2).sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+    order = list(dict.fromkeys(label for label in labels if label >= 0))
+    for k, label in enumerate(order):
+        summed = sum(twin.weight.grad[:, i] for i, other in enumerate(labels) if other == label)
+        torch.testing.assert_close(tied.weight.grad[:, k], summed, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_a_tied_layer_computes_and_learns_like_its_dense_twin(make, shape, labels):
+    torch.manual_seed(0)
+    layer = make().double()
+    tied, twin, x = tie(layer, labels), dense(layer, labels), torch.randn(shape, dtype=torch.float64)
+    law_same_outputs(tied, twin, x)
+    law_gradients_add_up(tied, twin, x, labels)
+    back = tied.to_linear() if isinstance(tied, TiedLinear) else tied.to_conv()
+    assert type(back) is type(layer)
+    torch.testing.assert_close(back.state_dict(), twin.state_dict())
+    assert tied.weight.shape[1] == len(set(labels) - {-1})
+
+
+def test_the_laws_fail_for_a_layer_that_keeps_one_input_of_each_label_instead_of_the_sum():
+    class Forgets(TiedLinear):
+        def sum_inputs(self, x: Tensor, dim: int) -> Tensor:
+            first = [self.labels.tolist().index(k) for k in range(self.classes)]
+            return x.index_select(dim, torch.tensor(first))
+
+    torch.manual_seed(0)
+    layer, labels = nn.Linear(8, 5).double(), LABELS["ties and zeros"]
+    broken, twin = Forgets.from_linear(layer, labels), dense(layer, labels)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(AssertionError):
+        law_same_outputs(broken, twin, x)
+    with pytest.raises(AssertionError):
+        law_gradients_add_up(broken, twin, x, labels)
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_a_tied_layer_survives_copying_saving_and_loading_into_other_labels(make, shape):
+    layer = tie(make(), LABELS["ties and zeros"])
+    other = tie(make(), [-1, -1, 0, 1, 2, 2, 2, 2])
+    other.load_state_dict(copy.deepcopy(layer.state_dict()))
+    x = torch.randn(shape)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert other.labels.tolist() == layer.labels.tolist()
+
+
+def test_labels_that_do_not_belong_to_the_weight_are_refused_when_loaded():
+    layer = TiedLinear([0, 1, 1, -1], 2)
+    state = layer.state_dict()
+    state["labels"] = torch.tensor([0, 0, 0, -1])
+    with pytest.raises(PlanError, match="labels: expected 2 distinct labels"):
+        layer.load_state_dict(state)
+
+
+def test_a_tied_layer_is_loaded_onto_the_meta_device():
+    with torch.device("meta"):
+        skeleton = TiedLinear([0, 0, 1], 2)
+    layer = TiedLinear([1, -1, 0], 2)
+    skeleton.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 3)
+    assert torch.equal(skeleton(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtype_and_mode_and_what_is_trained_are_the_layers(dtype):
+    linear = nn.Linear(4, 3, dtype=dtype).eval()
+    linear.weight.requires_grad_(False)
+    tied = TiedLinear.from_linear(linear, [0, 0, -1, 1])
+    assert tied(torch.randn(2, 4, dtype=dtype)).dtype == dtype
+    assert tied.weight.dtype == tied.bias.dtype == dtype
+    assert not tied.training
+    assert not tied.weight.requires_grad
+    assert tied.bias.requires_grad
+    assert tied.weight.data_ptr() != linear.weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["linear, leading dims", "conv1d", "conv2d", "conv3d"])
+def test_a_tied_layer_is_exported_with_a_dynamic_batch(name):
+    make, shape = LAYERS[name]
+    tied = tie(make(), LABELS["ties and zeros"])
+    x = torch.randn(shape)
+    program = torch.export.export(tied, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    larger = torch.randn(5, *shape[1:])
+    torch.testing.assert_close(program.module()(larger), tied(larger))
+
+
+def test_new_layers_start_like_the_dense_layer_that_reads_as_many_inputs():
+    torch.manual_seed(0)
+    tied, plain = TiedLinear(np.arange(300) % 100, 1000), nn.Linear(300, 1000)
+    x = torch.randn(64, 300)
+    ratio = tied(x).std() / plain(x).std()
+    assert 0.95 < ratio < 1.05
+    assert "read=300, classes=100" in repr(tied)
+    assert "kernel_size=(3,), stride=(1,)" in repr(TiedConv1d([0, 0], 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: TiedLinear([-1, -1], 2), "labels: expected at least one input that is read"),
+        (lambda: TiedLinear([[0, 1]], 2), "labels: expected one integer per group"),
+        (lambda: TiedLinear.from_linear(nn.Linear(3, 2), [0, 0]), "labels: expected 3 labels"),
+        (lambda: TiedConv2d([0, 0], 2, 3, padding_mode="circular"), "padding_mode: expected 'zeros'"),
+        (lambda: TiedConv2d([0, 0], 2, (3, 3, 3)), "kernel_size: expected an integer or 2"),
+        (lambda: TiedConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), [0] * 4), "conv: expected Conv2d with groups=1"),
+        (lambda: TiedConv2d.from_conv(nn.Conv1d(4, 4, 3), [0] * 4), "conv: expected Conv2d"),
+        (lambda: TiedConv2d.from_conv(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), [0, 0]), "padding_mode"),
+    ],
+)
+def test_what_cannot_be_tied_is_refused_by_name(call, message):
+    with pytest.raises(PlanError, match=message):
+        call()
+
+
+def test_an_input_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="expected 3 inputs in dimension 1"):
+        TiedLinear([0, 0, 1], 2)(torch.randn(2, 4))
