@@ -91,6 +91,15 @@ def plan_of(model: nn.Module) -> TiePlan:
     return TiePlan(ties, {"made by": "tie_"})
 
 
+def gradients_of(model: nn.Module) -> dict[str, Gradient]:
+    """Return how `tie_` combines the gradients of each weight it tied, by name: what `plan_of` does not say."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {
+        (f"{names[id(module)]}." if names[id(module)] else "") + leaf: tied.each_stage()[0].gradient
+        for module, leaf, tied in _tied(model)
+    }
+
+
 def unique_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[nn.Parameter]:
     """Return the unique set: every parameter once, whatever the number of names, layers or models that share it.
 
