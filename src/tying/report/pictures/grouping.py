@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from tying.report.data import Layer
@@ -45,7 +45,6 @@ def draw_grouping(layer: Layer) -> Picture:
             _draw_cells(axes, cells, colours, theme, scale)
             if len(panels) > 1:
                 axes.set_title(f"channel {index + 1}")
-        figure.legend(handles=_legend(layer, colours, theme), loc="outside lower center", ncols=3, fontsize=9)
 
     return picture(size, _alt(layer), draw)
 
@@ -83,8 +82,8 @@ def _draw_cells(axes: Axes, cells: NDArray[np.int64], colours: dict[int, Colour]
     axes.add_collection(LineCollection(_borders(cells), colors=theme.ink, linewidths=0.7, capstyle="projecting"))
     if width <= NUMBERED:
         for (line, place), label in np.ndenumerate(cells):
-            if label >= 0:
-                ink = ink_on(colours[label]) if label in colours else theme.muted
+            if label in colours:
+                ink = ink_on(colours[label])
                 x, y = place + 0.5, line + 0.5
                 size = min(9, scale * 26)
                 text = axes.text(x, y, str(label), ha="center", va="center_baseline", fontsize=size, color=ink)
@@ -106,23 +105,6 @@ def _borders(cells: NDArray[np.int64]) -> list[list[tuple[int, int]]]:
     upright = np.argwhere(padded[1:-1, :-1] != padded[1:-1, 1:]).tolist()
     flat = np.argwhere(padded[:-1, 1:-1] != padded[1:, 1:-1]).tolist()
     return [[(x, y), (x, y + 1)] for y, x in upright] + [[(x, y), (x + 1, y)] for y, x in flat]
-
-
-def _legend(layer: Layer, colours: dict[int, Colour], theme: Theme) -> list[Patch]:
-    counts = _Counts(layer.labels)
-    handles: list[Patch] = []
-    if counts.tied:
-        sample = next(iter(colours.values()))
-        handles.append(
-            Patch(facecolor=sample, edgecolor=theme.ink, label=f"{counts.tied} tied (one colour: one value)")
-        )
-    if counts.alone:
-        handles.append(Patch(facecolor=theme.alone, edgecolor=theme.ink, label=f"{counts.alone} kept alone"))
-    if counts.pruned:
-        handles.append(
-            Patch(facecolor=theme.pruned, edgecolor=theme.muted, hatch="////", label=f"{counts.pruned} pruned")
-        )
-    return handles
 
 
 class _Counts:
