@@ -13,16 +13,19 @@ Colour = tuple[float, float, float]
 # How red-green blindness (deuteranopia) mixes linear RGB: Viénot, Brettel and Mollon, 1999, doi:10.1002/(SICI)
 # 1520-6378(199908)24:4<243::AID-COL5>3.0.CO;2-3, rounded.
 _WITHOUT_GREEN = np.array([[0.29, 0.71, 0.0], [0.29, 0.71, 0.0], [-0.02, 0.02, 1.0]])
+MOST = 256
+"""No eye tells more colours than this apart: beyond, they come round again."""
+
 _LIGHTNESS = (0.45, 0.62, 0.8)
 _SATURATION = 0.62
 _GOLDEN = 0.6180339887498949
 
 
 def label_colours(labels: Iterable[int], neighbours: Iterable[tuple[int, int]] = ()) -> dict[int, Colour]:
-    """Return one colour, RGB in [0, 1], per distinct label, no two equal.
+    """Return one colour, RGB in [0, 1], per distinct label, no two equal (up to 256 labels).
 
-    Labels that touch get the colours that differ most, measured in what both the usual eye and the red-green-blind
-    one see: a label is served early if it touches many, and takes the free colour farthest from its neighbours'.
+    Labels that touch get colours that differ much, measured in what both the usual eye and the red-green-blind one
+    see (not the best of all choices: that is a hard problem; a greedy one, improved by swaps).
 
     Args:
         labels: The labels to colour.
@@ -34,28 +37,60 @@ def label_colours(labels: Iterable[int], neighbours: Iterable[tuple[int, int]] =
         3
     """
     names = sorted(set(labels))
-    touching: dict[int, set[int]] = {name: set() for name in names}
+    place = {name: index for index, name in enumerate(names)}
+    touching = np.zeros((len(names), len(names)), dtype=bool)
     for one, other in neighbours:
-        if one != other and one in touching and other in touching:
-            touching[one].add(other)
-            touching[other].add(one)
-    palette = _palette(len(names))
-    seen = np.stack([_seen(colour) for colour in palette]) if palette else np.empty((0, 6))
-    free = list(range(len(palette)))
-    given: dict[int, int] = {}
-    for name in sorted(names, key=lambda name: (-len(touching[name]), name)):
-        around = [given[other] for other in touching[name] if other in given]
-        best = _farthest(seen, free, around)
-        given[name] = best
+        if one != other and one in place and other in place:
+            touching[place[one], place[other]] = touching[place[other], place[one]] = True
+    palette = _palette(min(len(names), MOST))
+    if len(names) > MOST:
+        return {name: palette[index % MOST] for index, name in enumerate(names)}
+    given = _improve(_serve(touching, _distances(palette)), touching, _distances(palette))
+    return {name: palette[given[place[name]]] for name in names}
+
+
+def _serve(touching: NDArray[np.bool_], distances: NDArray[np.float64]) -> list[int]:
+    """Give each label, those that touch many first, the free colour farthest from its neighbours'."""
+    given = [-1] * len(touching)
+    free = list(range(len(touching)))
+    for label in np.argsort(-touching.sum(axis=1), kind="stable").tolist():
+        around = [given[other] for other in np.flatnonzero(touching[label]) if given[other] >= 0]
+        best = free[int(distances[free][:, around].min(axis=1).argmax())] if around else free[0]
+        given[label] = best
         free.remove(best)
-    return {name: palette[index] for name, index in given.items()}
+    return given
 
 
-def _farthest(seen: NDArray[np.float64], free: list[int], around: list[int]) -> int:
-    if not around:
-        return free[0]
-    distances = np.linalg.norm(seen[free][:, None, :] - seen[around][None, :, :], axis=2).min(axis=1)
-    return free[int(distances.argmax())]
+def _improve(given: list[int], touching: NDArray[np.bool_], distances: NDArray[np.float64]) -> list[int]:
+    """Swap colours as long as the two neighbours that are hardest to tell apart become easier to."""
+    around = [np.flatnonzero(line) for line in touching]
+    colours = np.array(given, dtype=np.int64)
+
+    def least(label: int) -> float:
+        return float(distances[colours[label], colours[around[label]]].min(initial=np.inf))
+
+    def swap(one: int, other: int) -> None:
+        colours[[one, other]] = colours[[other, one]]
+
+    def after(one: int, other: int) -> float:
+        swap(one, other)
+        result = min(least(one), least(other))
+        swap(one, other)
+        return result
+
+    for _ in range(2 * len(given)):
+        apart = [least(label) for label in range(len(given))]
+        hardest = int(np.argmin(apart))
+        scores = [after(hardest, other) if other != hardest else -1.0 for other in range(len(given))]
+        if max(scores) <= apart[hardest]:
+            break
+        swap(hardest, int(np.argmax(scores)))
+    return colours.tolist()
+
+
+def _distances(palette: list[Colour]) -> NDArray[np.float64]:
+    seen = np.array([_seen(colour) for colour in palette]).reshape(len(palette), 6)
+    return np.linalg.norm(seen[:, None] - seen[None], axis=2)
 
 
 def _palette(count: int) -> list[Colour]:
