@@ -44,14 +44,14 @@ class _TiedInputs(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        partition = Partition(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+        partition = _partition(labels)
         if not partition.classes:
             raise PlanError(
                 f"labels: expected at least one input that is read, got {len(partition)} labels, all −1 (pruned); "
                 "keep an input, or replace the layer by its bias"
             )
         self.weight = nn.Parameter(torch.empty((out, partition.classes, *kernel), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None)
         self.register_buffer("labels", torch.as_tensor(partition.labels.copy(), device=device))
         kept, targets = _indices(partition, self.labels.device)
         self.register_buffer("_kept", kept, persistent=False)
@@ -96,17 +96,6 @@ class _TiedInputs(nn.Module):
         shape = list(x.shape)
         shape[dim] = classes
         return x.new_zeros(shape).index_add(dim, self._targets, read)
-
-    def _small_weight(self, dense: Tensor) -> Tensor:
-        """Average the dense weight's input groups of each label, in float64: `(out, G, …)` → `(out, K, …)`."""
-        partition = self.partition
-        if dense.shape[1] != len(partition):
-            raise PlanError(
-                f"labels: expected {dense.shape[1]} labels, one per input of the layer, got {len(partition)}; "
-                "make the plan for this layer"
-            )
-        mean = partition.mean(Groups.inputs().read(dense.detach()).double())
-        return Groups.inputs().write(mean, (dense.shape[0], partition.classes, *dense.shape[2:]))
 
     def _dense_weight(self) -> Tensor:
         """Give every input its label's weight, zero where it is not read: `(out, K, …)` → `(out, G, …)`."""
@@ -166,7 +155,7 @@ class TiedLinear(_TiedInputs):
         """
         weight, bias = linear.weight, cast("nn.Parameter | None", linear.bias)
         tied = cls(labels, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype)
-        return _fill(tied, tied._small_weight(weight), linear)
+        return _fill(tied, _small_weight(weight, _partition(labels)), linear)
 
     def to_linear(self) -> nn.Linear:
         """Return the dense layer with the same outputs."""
@@ -243,7 +232,7 @@ class _TiedConv(_TiedInputs):
             device=weight.device,
             dtype=weight.dtype,
         )
-        return _fill(tied, tied._small_weight(weight), conv)
+        return _fill(tied, _small_weight(weight, _partition(labels)), conv)
 
     def to_conv(self) -> PlainConv:
         """Return the dense convolution with the same outputs."""
@@ -333,6 +322,21 @@ class TiedConv3d(_TiedConv):
 
     plain = nn.Conv3d
     dimensions = 3
+
+
+def _partition(labels: ArrayLike | Tensor) -> Partition:
+    return Partition(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
+
+
+def _small_weight(dense: Tensor, partition: Partition) -> Tensor:
+    """Average the dense weight's input groups of each label, in float64: `(out, G, …)` → `(out, K, …)`."""
+    if dense.shape[1] != len(partition):
+        raise PlanError(
+            f"labels: expected {dense.shape[1]} labels, one per input of the layer, got {len(partition)}; "
+            "make the plan for this layer"
+        )
+    mean = partition.mean(Groups.inputs().read(dense.detach()).double())
+    return Groups.inputs().write(mean, (dense.shape[0], partition.classes, *dense.shape[2:]))
 
 
 def _indices(partition: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
