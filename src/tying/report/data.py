@@ -8,13 +8,16 @@ import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
+
+if TYPE_CHECKING:
+    from tying.measure import Figures, Report
 
 FORMAT = "tying.result/1"
 
@@ -53,7 +56,7 @@ class Measures:
     stored_ratio: float | None = None
     file_ratio: float | None = None
     operations: int | None = None
-    """Floating-point operations of one forward pass for one sample (a multiply and an add are two)."""
+    """Multiply-adds of one forward pass for one sample."""
     latency: tuple[Latency, ...] = ()
     accuracy: float | None = None
     """On the test split, in [0, 1]."""
@@ -214,6 +217,51 @@ class ReportData:
             ) from error
         except FileError as error:
             raise FileError(f"{path}: {error}") from error
+
+
+def measures(report: Report, *, validation: tuple[float, float] | None = None) -> tuple[Measures, Measures]:
+    """Return what `tying.measure` found, as the page shows it: of the dense network, and of the small one.
+
+    Args:
+        report: Of `measure(small, like=dense, ...)`.
+        validation: The accuracies of both on the validation split, dense first.
+
+    Raises:
+        PlanError: If nothing was measured beside the network.
+    """
+    dense, small = report.like, report.model
+    if dense is None:
+        raise PlanError("report: expected a network beside the dense one, got one alone; measure it with like=dense")
+    before, after = validation or (None, None)
+    return (
+        Measures(
+            parameters=dense.parameters,
+            unique=dense.values,
+            stored_bytes=report.parameter_bits / 8,
+            file_bytes=dense.plain_bytes,
+            operations=dense.operations,
+            latency=_latencies(dense),
+            accuracy=dense.accuracy,
+            validation=before,
+        ),
+        Measures(
+            parameters=small.parameters,
+            unique=small.values,
+            stored_bytes=small.bits / 8,
+            file_bytes=small.bytes,
+            unique_ratio=report.unique,
+            stored_ratio=report.stored,
+            file_ratio=report.file,
+            operations=small.operations,
+            latency=_latencies(small),
+            accuracy=small.accuracy,
+            validation=after,
+        ),
+    )
+
+
+def _latencies(figures: Figures) -> tuple[Latency, ...]:
+    return tuple(Latency(batch, t.median, t.low, t.high) for batch, t in (figures.latency or {}).items())
 
 
 def similarities(

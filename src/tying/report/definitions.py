@@ -7,7 +7,7 @@ from tying.report.data import ReportData
 _ALL: dict[str, tuple[str, str]] = {
     "unique": (
         "Unique values",
-        "Distinct non-zero numbers, each counted once however often it is used. The ratio is all parameters of the "
+        "Non-zero numbers, each tie counted once however often it is used. The ratio is all parameters of the "
         "dense network ÷ unique numbers of the small one; labels are not counted (the definition of the GrOWL paper).",
     ),
     "stored": (
@@ -18,9 +18,9 @@ _ALL: dict[str, tuple[str, str]] = {
     "file": ("File", "Bytes of the .safetensors file on disk, with its header. 1 kB is 1000 bytes."),
     "operations": (
         "Operations",
-        "Floating-point operations of one forward pass of one sample; a multiplication and an addition are two.",
+        "Multiplications of two numbers with their additions, in one forward pass of one sample.",
     ),
-    "latency": ("Time", "Median of one forward pass on the machine named below; in brackets the quartiles."),
+    "latency": ("Time", "Median of one forward pass on one thread; in brackets the quartiles."),
     "accuracy": (
         "Accuracy",
         "Share of samples classified rightly. The validation split made every choice; the test split was looked at "

@@ -196,7 +196,7 @@ def _table(dense: Measures, small: Measures) -> list[Line]:
         _line("Unique values", "unique", words.count, dense.unique, small.unique, small.unique_ratio),
         _line("Stored", "stored", words.size, dense.stored_bytes, small.stored_bytes, small.stored_ratio),
         _line("File", "file", words.size, dense.file_bytes, small.file_bytes, small.file_ratio),
-        _line("Operations per sample", "operations", words.count, dense.operations, small.operations),
+        _line("Multiply-adds per sample", "operations", words.count, dense.operations, small.operations),
         *_latency_lines(dense, small),
         _accuracy_line("Accuracy, validation split", dense.validation, small.validation),
         _accuracy_line("Accuracy, test split", dense.accuracy, small.accuracy),
