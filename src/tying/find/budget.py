@@ -1,4 +1,8 @@
-"""How many clusters: chosen on the dendrograms of all members at once, by a budget or by a validation score."""
+"""How far to go: every member gives up the same share of its energy, as much as a budget or a score asks.
+
+What a partition gives up is its distortion, ‖W − PW‖² ÷ ‖W‖²: one number that compares layers of any size and scale,
+so that inputs and outputs, wide and narrow layers stay in balance without being told how.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,98 @@ from tying.find.clusters import Dendrogram, Method
 from tying.groups import Groups
 from tying.packing import bits_for
 from tying.plan import Member, Partition, Tie, TiePlan
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The groups of one member, and which of them are left to be pruned or tied further."""
+
+    member: Member
+    kept: NDArray[np.int64]
+    """Indices of the groups that are not pruned."""
+    matrix: NDArray[np.float64]
+    """`(G, D)`: all groups."""
+
+    @property
+    def tieable(self) -> bool:
+        """Whether a budget may tie these groups: outputs are only pruned, tying them is a narrower layer."""
+        return self.member.groups != Groups.outputs()
+
+    def tie(self, labels_of_kept: NDArray[np.int64] | None = None) -> Tie:
+        """Label the kept groups as told (None: each its own), the others −1."""
+        labels = np.full(len(self.matrix), -1, dtype=np.int64)
+        labels[self.kept] = np.arange(len(self.kept)) if labels_of_kept is None else labels_of_kept
+        return Tie((self.member,), Partition(labels))
+
+
+def give_up(candidate: Candidate, distortion: float, method: Method) -> Tie:
+    """Tie (or, for outputs, prune) as far as the distortion ‖W − PW‖² ÷ ‖W‖² allows; one group always stays."""
+    return _merge(candidate, distortion, method) if candidate.tieable else _prune(candidate, distortion)
+
+
+def least(plan_at: Callable[[float], TiePlan], fits: Callable[[TiePlan], bool], budget: str) -> TiePlan:
+    """Return the plan of least distortion that fits, found by bisection to 1/1024."""
+    low, high, best = 0.0, 1.0, plan_at(1.0)
+    if not fits(best):
+        raise PlanError(
+            f"{budget}: expected a budget that one value per member meets, got less than that; "
+            "ask for a larger file, or name more parameters, or also read them by Groups.outputs()"
+        )
+    for _ in range(10):
+        middle = (low + high) / 2
+        plan = plan_at(middle)
+        if fits(plan):
+            high, best = middle, plan
+        else:
+            low = middle
+    return best
+
+
+def smallest_within(
+    plan_at: Callable[[float], TiePlan], validate: Callable[[TiePlan], float], max_drop: float
+) -> TiePlan:
+    """Return a plan whose score is within `max_drop` of the score at no distortion, the most distorted one found."""
+    low, high, best = 0.0, 1.0, plan_at(0.0)
+    target = validate(best) - max_drop
+    for _ in range(8):
+        middle = (low + high) / 2
+        plan = plan_at(middle)
+        if validate(plan) >= target:
+            low, best = middle, plan
+        else:
+            high = middle
+    return best
+
+
+def _merge(candidate: Candidate, distortion: float, method: Method) -> Tie:
+    kept = candidate.matrix[candidate.kept]
+    energy = np.square(candidate.matrix).sum()
+    allowed = distortion * energy - (energy - np.square(kept).sum())
+    tree = Dendrogram.of(kept, method)
+    return candidate.tie(tree.cut(len(kept) - _count_within(_losses(kept, tree), allowed)))
+
+
+def _losses(matrix: NDArray[np.float64], tree: Dendrogram) -> NDArray[np.float64]:
+    """What each merge of A and B gives up: |A||B|/(|A|+|B|) · ‖mean A − mean B‖²."""
+    sums, sizes, losses = list(matrix), [1] * len(matrix), np.zeros(len(tree.merges))
+    for step, (left, right) in enumerate(tree.merges):
+        apart = sums[left] / sizes[left] - sums[right] / sizes[right]
+        losses[step] = sizes[left] * sizes[right] / (sizes[left] + sizes[right]) * (apart @ apart)
+        sums.append(sums[left] + sums[right])
+        sizes.append(sizes[left] + sizes[right])
+    return losses
+
+
+def _prune(candidate: Candidate, distortion: float) -> Tie:
+    energies = np.square(candidate.matrix).sum(axis=1)
+    order = candidate.kept[np.argsort(energies[candidate.kept], kind="stable")]
+    allowed = distortion * energies.sum() - (energies.sum() - energies[candidate.kept].sum())
+    pruned = min(_count_within(energies[order], allowed), len(order) - 1)
+    return Candidate(candidate.member, np.sort(order[pruned:]), candidate.matrix).tie()
+
+
+def _count_within(losses: NDArray[np.float64], allowed: float) -> int:
+    return int(np.searchsorted(np.cumsum(losses), allowed, side="right"))
 
 
 def count_values(plan: TiePlan, parameters: Mapping[str, Tensor]) -> int:
@@ -36,83 +132,15 @@ def count_bytes(plan: TiePlan, parameters: Mapping[str, Tensor]) -> int:
     for name in {tie.members[0].parameter for tie in plan}:
         mine = TiePlan([tie for tie in plan if tie.members[0].parameter == name])
         total += count_values(mine, parameters) * parameters[name].element_size()
-    return total + sum((label_bits(tie.partition) + 7) // 8 for tie in plan)
+    return total + sum((label_bits(tie) + 7) // 8 for tie in plan)
 
 
-def label_bits(partition: Partition) -> int:
+def label_bits(tie: Tie) -> int:
     """Count the bits of the packed labels: one label per group, −1 a value of its own where it occurs.
 
-    A partition that ties and prunes nothing needs no labels.
+    Labels that only prune, or do nothing, leave a narrower plain layer: none are stored, unless they select inputs.
     """
-    if partition.classes == len(partition):
+    partition = tie.partition
+    if partition.classes == len(partition) or tie.members[0].groups == Groups.outputs():
         return 0
     return len(partition) * bits_for(partition.classes + (partition.pruned > 0))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The groups of one member that are left to be tied."""
-
-    member: Member
-    kept: NDArray[np.int64]
-    """Indices of the groups that are not pruned."""
-    count: int
-    matrix: NDArray[np.float64]
-    """`(len(kept), D)`: those groups."""
-
-    @property
-    def tieable(self) -> bool:
-        """Whether a budget may tie these groups: outputs are only pruned, tying them is a narrower layer."""
-        return self.member.groups != Groups.outputs()
-
-    def tie(self, labels_of_kept: NDArray[np.int64] | None = None) -> Tie:
-        """Label the kept groups as told (None: each its own), the others −1."""
-        labels = np.full(self.count, -1, dtype=np.int64)
-        labels[self.kept] = np.arange(len(self.kept)) if labels_of_kept is None else labels_of_kept
-        return Tie((self.member,), Partition(labels))
-
-
-class Family:
-    """The plans that one common relative height cuts out of all dendrograms, from no ties to all tied."""
-
-    def __init__(self, candidates: list[Candidate], method: Method, provenance: Mapping[str, str]) -> None:
-        self.provenance = provenance
-        self.members = [(c, Dendrogram.of(c.matrix, method) if c.tieable else None) for c in candidates]
-        relative = [tree.heights / tree.heights[-1] for _, tree in self.members if tree is not None and _tall(tree)]
-        self.heights = np.unique(np.concatenate([np.array([-1.0, 0.0]), *relative]))
-
-    def plan(self, step: int) -> TiePlan:
-        """Cut every dendrogram at the height of this step."""
-        return TiePlan(
-            [c.tie(tree and tree.cut(self._clusters(tree, step))) for c, tree in self.members], self.provenance
-        )
-
-    def _clusters(self, tree: Dendrogram, step: int) -> int:
-        heights = tree.heights / tree.heights[-1] if _tall(tree) else np.zeros(len(tree.heights))
-        return len(heights) + 1 - int(np.searchsorted(heights, self.heights[step], side="right"))
-
-    def first_that(self, fits: Callable[[TiePlan], bool], budget: str) -> TiePlan:
-        """Return the plan with the fewest ties that fits the budget."""
-        low, high = 0, len(self.heights) - 1
-        if not fits(self.plan(high)):
-            raise PlanError(
-                f"{budget}: expected a budget that one value per member meets, got less than that; "
-                "ask for a larger file, or name `keep` for the outputs so that whole units go"
-            )
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(self.plan(middle)) else (middle + 1, high)
-        return self.plan(low)
-
-    def smallest_within(self, validate: Callable[[TiePlan], float], max_drop: float) -> TiePlan:
-        """Return the plan with the most ties whose score is within `max_drop` of the score without ties."""
-        target = validate(self.plan(0)) - max_drop
-        low, high = 0, len(self.heights) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if validate(self.plan(middle)) >= target else (low, middle - 1)
-        return self.plan(low)
-
-
-def _tall(tree: Dendrogram) -> bool:
-    return len(tree.heights) > 0 and tree.heights[-1] > 0

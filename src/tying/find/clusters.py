@@ -105,19 +105,21 @@ def _affinity(matrix: NDArray[np.float64], preference: float, seed: int) -> NDAr
     from sklearn.cluster import AffinityPropagation  # pyright: ignore[reportMissingTypeStubs]
     from sklearn.exceptions import ConvergenceWarning
 
-    model = cast("Any", AffinityPropagation)(
-        affinity="precomputed", preference=preference, damping=0.5, max_iter=1000, random_state=seed
+    similar = similarity(matrix)
+    for damping in (0.5, 0.7, 0.9):  # the paper's first; more where the messages oscillate
+        model = cast("Any", AffinityPropagation)(
+            affinity="precomputed", preference=preference, damping=damping, max_iter=1000, random_state=seed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            try:
+                return cast("NDArray[np.int64]", model.fit(similar).labels_.astype(np.int64))
+            except ConvergenceWarning:
+                continue
+    raise PlanError(
+        f"method 'affinity': expected affinity propagation to converge on {len(matrix)} groups, got oscillating "
+        "messages at damping 0.5, 0.7 and 0.9; use method='ward', which always ends"
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            model.fit(similarity(matrix))
-        except ConvergenceWarning as error:
-            raise PlanError(
-                f"method 'affinity': expected affinity propagation to converge on {len(matrix)} groups, got {error}; "
-                "use method='ward', which always ends"
-            ) from error
-    return cast("NDArray[np.int64]", model.labels_.astype(np.int64))
 
 
 def _kmeans(matrix: NDArray[np.float64], clusters: int, seed: int) -> NDArray[np.int64]:

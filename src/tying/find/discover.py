@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.errors import PlanError
-from tying.find.budget import Candidate, Family, count_bytes, count_values
+from tying.find.budget import Candidate, count_bytes, count_values, give_up, least, smallest_within
 from tying.find.clusters import LINKAGES, Method, cluster
 from tying.groups import Groups
-from tying.plan import Member, TiePlan
+from tying.plan import Member, Tie, TiePlan
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ def discover(
     clusters: PerMember[int | None] = None,
     keep: PerMember[int | None] = None,
     support: float = 0.05,
+    distortion: float | None = None,
     ratio: float | None = None,
     bytes_: int | None = None,
     validate: Callable[[TiePlan], float] | None = None,
@@ -43,9 +44,9 @@ def discover(
     noise regrows exact zeros, so `== 0` finds nothing. The others are clustered. Where one parameter is read in
     two ways, `outputs()` comes before `inputs()` and what the first pruned is zero for the second.
 
-    The number of clusters is given (`clusters`), or chosen on the dendrograms of all members, cut at one common
-    height (relative to each member's highest merge), by one of `ratio`, `bytes_`, `validate`. `outputs()` are only
-    pruned then: tying outputs is a narrower layer.
+    How far to go is given (`clusters`, `keep`), or chosen by one of `distortion`, `ratio`, `bytes_`, `validate`: each
+    member then gives up the same share of its energy, ‖W − PW‖² ÷ ‖W‖², whatever its size. `outputs()` are only pruned
+    on that way: tying outputs is a narrower layer.
 
     Args:
         model: Any module; its floating-point parameters are read, in float64.
@@ -54,6 +55,7 @@ def discover(
             leaves `outputs()` untied: name that member to tie it.
         keep: At most this many groups of a member stay, those of largest norm; None: all within the support.
         support: Relative norm, in [0, 1), at or below which a group counts as zero.
+        distortion: The share of its energy, in [0, 1], that each member may give up.
         ratio: Numbers in the named parameters ÷ distinct numbers kept; the fewest ties that reach it.
         bytes_: Bytes for the distinct numbers kept (in the parameter's dtype) and the packed labels.
         validate: Plan → score, higher is better (accuracy on a validation split); the smallest plan whose score is
@@ -78,66 +80,83 @@ def discover(
         TiePlan (discover: ward, support 0.05)
           weight[inputs]: 4 groups → 2 values, 1 pruned
     """
-    if sum(choice is not None for choice in (ratio, bytes_, validate)) > 1:
-        raise PlanError("ratio, bytes_, validate: expected at most one of them, got several; choose one budget")
-    candidates = _candidates(model, groups, keep, support)
+    budgets = {"distortion": distortion, "ratio": ratio, "bytes_": bytes_, "validate": validate}
+    chosen = [name for name, value in budgets.items() if value is not None]
+    if len(chosen) > 1 or (chosen and clusters is not None):
+        raise PlanError(
+            f"clusters, {', '.join(budgets)}: expected at most one of them, got several; choose one way to decide"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    members = _members(groups, parameters)
+    most = _per_member(keep, members, "keep")
     provenance = {"discover": f"{method}, support {support:g}"}
-    if ratio is None and bytes_ is None and validate is None:
+
+    def plan_by(choose: Callable[[Candidate], Tie]) -> TiePlan:
+        return TiePlan(_walk(members, parameters, support, most, choose), provenance)
+
+    if not chosen:
+        wanted = _per_member(clusters, members, "clusters")
         named = isinstance(clusters, Mapping)
-        wanted = _per_member(clusters, [c.member for c in candidates], "clusters")
-        ties = [
-            c.tie(_labels(c, wanted[c.member], method, preference, seed) if named or c.tieable else None)
-            for c in candidates
-        ]
-        return TiePlan(ties, provenance)
+        return plan_by(
+            lambda c: c.tie(_labels(c, wanted[c.member], method, preference, seed) if named or c.tieable else None)
+        )
     if method not in LINKAGES:
         raise PlanError(
             f"method: expected a linkage {LINKAGES} to choose the clusters by a budget, got {method!r}; "
             "use method='ward', or give `clusters`"
         )
-    family = Family(candidates, method, provenance)
-    parameters = dict(model.named_parameters())
+
+    def plan_at(share: float) -> TiePlan:
+        return plan_by(lambda candidate: give_up(candidate, share, method))
+
     if validate is not None:
-        return family.smallest_within(validate, max_drop)
+        return smallest_within(plan_at, validate, max_drop)
     if ratio is not None:
         total = sum(parameters[name].numel() for name in groups)
-        return family.first_that(lambda plan: count_values(plan, parameters) * ratio <= total, f"ratio={ratio:g}")
-    assert bytes_ is not None
-    return family.first_that(lambda plan: count_bytes(plan, parameters) <= bytes_, f"bytes_={bytes_}")
+        return least(plan_at, lambda plan: count_values(plan, parameters) * ratio <= total, f"ratio={ratio:g}")
+    if bytes_ is not None:
+        return least(plan_at, lambda plan: count_bytes(plan, parameters) <= bytes_, f"bytes_={bytes_}")
+    if distortion is None or not 0 <= distortion <= 1:
+        raise PlanError(f"distortion: expected a share in [0, 1], got {distortion}; 0.2 is a good start")
+    return plan_at(distortion)
 
 
-def _candidates(
-    model: nn.Module,
-    groups: Mapping[str, Groups | tuple[Groups, ...]],
-    keep: PerMember[int | None],
-    support: float,
-) -> list[Candidate]:
-    if not 0 <= support < 1:
-        raise PlanError(f"support: expected a relative norm in [0, 1), got {support}; 0.05 is the usual choice")
+def _members(groups: Mapping[str, Groups | tuple[Groups, ...]], parameters: Mapping[str, Tensor]) -> list[Member]:
     if not groups:
         raise PlanError(
             "groups: expected at least one parameter, got none; name one, as {'fc1.weight': Groups.inputs()}"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     members = [
         Member(name, kind)
         for name, kinds in groups.items()
-        for kind in sorted(kinds if isinstance(kinds, tuple) else (kinds,), key=lambda g: g != Groups.outputs())
+        for kind in sorted(kinds if isinstance(kinds, tuple) else (kinds,), key=lambda kind: kind != Groups.outputs())
     ]
     for member in members:
         _check(member, parameters)
-    most = _per_member(keep, members, "keep")
+    return members
+
+
+def _walk(
+    members: list[Member],
+    parameters: Mapping[str, Tensor],
+    support: float,
+    most: Mapping[Member, int | None],
+    choose: Callable[[Candidate], Tie],
+) -> list[Tie]:
+    """Choose a tie for one member after the other; what one prunes is zero for the next of that parameter."""
+    if not 0 <= support < 1:
+        raise PlanError(f"support: expected a relative norm in [0, 1), got {support}; 0.05 is the usual choice")
     current = {m.parameter: parameters[m.parameter].detach().double() for m in members}
-    found: list[Candidate] = []
+    ties: list[Tie] = []
     for member in members:
-        matrix = member.groups.read(current[member.parameter])
-        norms = matrix.norm(dim=1).numpy()
-        kept = _support(norms, support, most[member], member)
-        zeroed = torch.zeros_like(matrix)
-        zeroed[kept] = matrix[kept]
-        current[member.parameter] = member.groups.write(zeroed, current[member.parameter].shape)
-        found.append(Candidate(member, kept, len(matrix), matrix[kept].numpy()))
-    return found
+        weight = current[member.parameter]
+        matrix = member.groups.read(weight)
+        kept = _support(matrix.norm(dim=1).numpy(), support, most[member], member)
+        tie = choose(Candidate(member, kept, matrix.numpy()))
+        stays = torch.as_tensor(tie.partition.labels >= 0)
+        current[member.parameter] = member.groups.write(matrix * stays[:, None], weight.shape)
+        ties.append(tie)
+    return ties
 
 
 def _support(norms: NDArray[np.float64], support: float, most: int | None, member: Member) -> NDArray[np.int64]:
@@ -176,7 +195,7 @@ def _labels(
     if clusters is None and method != "affinity":
         return None
     try:
-        return cluster(candidate.matrix, method, clusters, seed=seed, preference=preference)
+        return cluster(candidate.matrix[candidate.kept], method, clusters, seed=seed, preference=preference)
     except PlanError as error:
         raise PlanError(f"{candidate.member}: {error}") from error
 
