@@ -1,0 +1,400 @@
+"""What a network takes, beside the one it stands for: parameters, bytes, operations, latency, accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from safetensors.torch import save as encode_plainly
+from torch import Tensor, nn
+
+from tying.errors import FileError, PlanError, TyingError
+from tying.groups import Groups
+from tying.plan import Partition, Tie, TiePlan
+from tying.state import collect
+from tying.store import encode
+from tying.unique import unique_set
+
+Inputs = Tensor | tuple[Tensor, ...]
+BATCHES = (1, 256)
+
+_LEAST, _ROUNDS, _SECONDS_A_ROUND, _SECONDS = 3, 9, 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward pass on one thread: the median of the rounds and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range, in seconds."""
+        return self.high - self.low
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of one network; None where nothing was asked or can be said."""
+
+    parameters: int
+    """Numbers in its parameters, each parameter once, as `sum(p.numel() for p in model.parameters())`."""
+    values: int
+    """Unique non-zero numbers: every tie counted once, zeros not."""
+    bits: int
+    """What its parameters take when every tie is stored once (zeros counted), plus ⌈log2 K⌉ bits per label."""
+    bytes: int
+    """On disk, as `tying.save` writes it."""
+    plain_bytes: int
+    """On disk, as a `.safetensors` file of its state dict, shared tensors once."""
+    operations: int | None = None
+    """Multiply-adds of one forward pass at batch 1, from `torch.utils.flop_counter` (which counts products, so not
+    the additions that sum tied inputs)."""
+    latency: Mapping[int, Latency] | None = None
+    """By batch size."""
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A network beside the one it stands for; `str()` is a table.
+
+    With P = the numbers in all parameters of `like` (of the model itself where there is no `like`):
+    `unique` = P ÷ the model's unique non-zero numbers (the papers' figure: no labels, no zeros);
+    `stored` = bits of P ÷ bits of the model's unique set and its packed labels;
+    `file` = bytes of `like`'s plain state dict on disk ÷ bytes of the model as `tying.save` writes it.
+    A ratio whose divisor is 0 is None.
+    """
+
+    model: Figures
+    like: Figures | None
+    parameter_bits: int
+    """Bits of all parameters of `like`, or of the model."""
+
+    @property
+    def parameters(self) -> int:
+        """P: the numbers in all parameters of `like`, or of the model."""
+        return (self.like or self.model).parameters
+
+    @property
+    def values(self) -> int:
+        """The model's unique non-zero numbers."""
+        return self.model.values
+
+    @property
+    def unique(self) -> float | None:
+        """P ÷ unique non-zero numbers."""
+        return _ratio(self.parameters, self.model.values)
+
+    @property
+    def stored(self) -> float | None:
+        """Bits of P ÷ bits of the unique set with its labels."""
+        return _ratio(self.parameter_bits, self.model.bits)
+
+    @property
+    def file(self) -> float | None:
+        """Bytes of the plain file of `like` ÷ bytes of the model's file."""
+        return _ratio((self.like or self.model).plain_bytes, self.model.bytes)
+
+    def to_json(self) -> str:
+        """Return everything, ratios too, as JSON; `from_json` is the inverse."""
+        ratios = {"unique": self.unique, "stored": self.stored, "file": self.file}
+        return json.dumps({**asdict(self), "ratios": ratios}, indent=2, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """Read what `to_json` gave.
+
+        Raises:
+            TyingError: If the text is something else.
+        """
+        try:
+            read = json.loads(text)
+            like = read["like"]
+            return Report(_figures(read["model"]), _figures(like) if like else None, read["parameter_bits"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TyingError(
+                f"text: expected what Report.to_json gave, got something else ({error!r}); measure again"
+            ) from error
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The paper's three measures of one weight; None where the divisor is 0."""
+
+    sparsity: float
+    """Zeros ÷ all numbers."""
+    sharing: float | None
+    """Non-zero ÷ unique non-zero numbers."""
+    compression: float | None
+    """All ÷ unique non-zero numbers, labels not counted; sharing ÷ (1 − sparsity)."""
+
+
+def measure(
+    model: nn.Module,
+    *,
+    like: nn.Module | None = None,
+    example_inputs: Inputs | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    plan: TiePlan | None = None,
+    latency: bool = True,
+    path: str | Path | None = None,
+) -> Report:
+    """Measure a network, beside the one it stands for: see `Report` for what each figure means.
+
+    Args:
+        model: The network, as `compact` gave it, or tied by `tie_`, or with its ties in its values only (see `plan`).
+        like: The network it stands for, usually the dense one.
+        example_inputs: A tensor, or the tuple of tensors that the networks take, the batch first; repeated or cut to
+            batches of 1 and 256. Without it operations and latency are unknown.
+        evaluate: Gives a network's accuracy, in [0, 1]; the network is in evaluation mode when it is called.
+        plan: For a network that is tied in its values and stored dense, W = PW bit for bit: which values are one.
+            A network whose layers keep the ties needs none.
+        latency: Whether to time the networks: in turn, on one thread, about two seconds for each batch size.
+        path: The file that `save` wrote of the model, where it is written already.
+
+    Returns:
+        The figures. Training modes, the number of threads and torch's random state are as before.
+
+    Raises:
+        PlanError: If the plan does not fit the model, or its weights don't obey it.
+        FileError: If there is no file at `path`, or the network holds what a file can't.
+        TyingError: If the example inputs have no common batch, or `evaluate` gives something that is no number.
+
+    Example:
+        >>> from tying.nn import TiedLinear
+        >>> dense = nn.Sequential(nn.Linear(6, 2, bias=False))
+        >>> report = measure(nn.Sequential(TiedLinear([0, 0, 0, 1, 1, -1], 2, bias=False)), like=dense)
+        >>> report.parameters, report.values, report.unique
+        (12, 4, 3.0)
+    """
+    inputs = None if example_inputs is None else _checked(example_inputs)
+    networks = [model] if like is None else [model, like]
+    figures = [_sizes(model, plan, path), *([_sizes(like, None, None)] if like is not None else [])]
+    with _undisturbed(networks):
+        if inputs is not None:
+            figures = [replace(f, operations=_operations(n, inputs)) for f, n in zip(figures, networks, strict=True)]
+        if inputs is not None and latency:
+            by_batch = {batch: _latencies(networks, _batch(inputs, batch)) for batch in BATCHES}
+            figures = [
+                replace(f, latency={batch: each[i] for batch, each in by_batch.items()}) for i, f in enumerate(figures)
+            ]
+        if evaluate is not None:
+            figures = [
+                replace(f, accuracy=_accuracy(evaluate, n.eval())) for f, n in zip(figures, networks, strict=True)
+            ]
+    bits = sum(p.numel() * p.element_size() * 8 for p in networks[-1].parameters())
+    return Report(figures[0], figures[1] if like is not None else None, bits)
+
+
+def sharing(weight: Tensor, groups: Groups, labels: ArrayLike | Partition, *, original: int | None = None) -> Sharing:
+    """Return the three measures of Zhang et al., *Learning to Share* (ICLR 2018), of one weight.
+
+    Args:
+        weight: The dense weight, its groups equal bit for bit wherever their labels are, and zero where they are −1.
+        groups: How it is read.
+        labels: `(G,)` integers, or the partition.
+        original: The numbers in the layer before units were cut out of it, if any were: what was cut counts as zero.
+
+    Raises:
+        PlanError: If the labels don't fit the weight, or the weight does not obey them.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 1.0, 0.0, 3.0]])
+        >>> sharing(weight, Groups.inputs(), [0, 0, -1, 1])
+        Sharing(sparsity=0.25, sharing=1.5, compression=2.0)
+    """
+    partition = labels if isinstance(labels, Partition) else Partition(labels)
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    plan = TiePlan([replace(Tie.of("weight", groups, []), partition=partition)])
+    unique = unique_set(layer, collect(layer), plan, strict=True).values
+    total = weight.numel() if original is None else original
+    if total < weight.numel():
+        raise PlanError(
+            f"original: expected at least the {weight.numel()} numbers of the weight, got {total}; "
+            "pass the numbers in the layer before it was made smaller"
+        )
+    kept = int(torch.count_nonzero(weight))
+    return Sharing(1 - kept / total if total else 0.0, _ratio(kept, unique), _ratio(total, unique))
+
+
+def _sizes(network: nn.Module, plan: TiePlan | None, path: str | Path | None) -> Figures:
+    state = collect(network)
+    unique = unique_set(network, state, plan, strict=True)
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors.items()}
+    if path is not None and not Path(path).is_file():
+        raise FileError(
+            f"path: expected the file that tying.save wrote of the model, got none at {path}; save it first"
+        )
+    return Figures(
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        values=unique.values,
+        bits=unique.bits,
+        bytes=len(encode(network, plan=plan)) if path is None else Path(path).stat().st_size,
+        plain_bytes=len(encode_plainly(plain)),
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed(networks: Sequence[nn.Module]) -> Generator[None]:
+    """Evaluation mode; afterwards the modes, the threads and torch's random state are as they were."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    devices = {p.device.index for network in networks for p in network.parameters() if p.device.type == "cuda"}
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            for network in networks:
+                network.eval()
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for module, training in modes:
+                module.training = training
+
+
+def _checked(example_inputs: Inputs) -> tuple[Tensor, ...]:
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    sizes = [x.shape[0] if x.dim() else 0 for x in inputs]
+    if not sizes or min(sizes) < 1 or len(set(sizes)) > 1:
+        raise TyingError(
+            f"example_inputs: expected tensors with one batch size ≥ 1 in dimension 0, got shapes "
+            f"{[tuple(x.shape) for x in inputs]}; pass a batch as the network takes it"
+        )
+    return inputs
+
+
+def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    return tuple(x[torch.arange(size, device=x.device) % x.shape[0]] for x in inputs)
+
+
+def _operations(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*_batch(inputs, 1))
+    return counter.get_total_flops() // 2
+
+
+def _latencies(networks: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[Latency]:
+    """Time the networks in turn, so that what disturbs the machine disturbs all of them."""
+    from torch.utils.benchmark import Timer  # slow to import
+
+    timers = [Timer("network(*inputs)", globals={"network": n, "inputs": inputs}, num_threads=1) for n in networks]
+    rounds: list[list[float]] = [[] for _ in networks]
+    with torch.inference_mode():
+        once = [timer.timeit(1).mean for timer in timers]
+        repeats = [max(1, math.ceil(_SECONDS_A_ROUND / max(seconds, 1e-7))) for seconds in once]
+        end = time.perf_counter() + _SECONDS
+        while len(rounds[0]) < _LEAST or (len(rounds[0]) < _ROUNDS and time.perf_counter() < end):
+            for timer, repeat, taken in zip(timers, repeats, rounds, strict=True):
+                taken.append(timer.timeit(repeat).mean)
+    return [Latency(*(float(np.percentile(taken, q)) for q in (50, 25, 75))) for taken in rounds]
+
+
+def _accuracy(evaluate: Callable[[nn.Module], float], network: nn.Module) -> float:
+    value: Any = evaluate(network)
+    try:
+        accuracy = float(value)
+    except (TypeError, ValueError):
+        accuracy = math.nan
+    if not math.isfinite(accuracy):
+        raise TyingError(
+            f"evaluate: expected a function that gives a finite number, got {value!r}; return the accuracy"
+        )
+    return accuracy
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _figures(read: dict[str, Any]) -> Figures:
+    figures, latency = Figures(**read), read["latency"]
+    timed = None if latency is None else {int(batch): Latency(**each) for batch, each in latency.items()}
+    return replace(figures, latency=timed)
+
+
+def _table(report: Report) -> str:
+    model, like = report.model, report.like
+    base = like or model
+    rows = [
+        ("", "model", "like" if like else "itself, plain", "ratio"),
+        ("parameters", _count(model.parameters), _count(base.parameters), _times(base.parameters, model.parameters)),
+        (
+            "unique non-zero values",
+            _count(model.values),
+            _count(base.parameters),
+            _times(base.parameters, model.values),
+        ),
+        (
+            "stored, labels counted",
+            _size(model.bits / 8),
+            _size(report.parameter_bits / 8),
+            _times(report.parameter_bits, model.bits),
+        ),
+        ("file", _size(model.bytes), _size(base.plain_bytes), _times(base.plain_bytes, model.bytes)),
+        (
+            "operations",
+            _count(model.operations),
+            _count(like and like.operations),
+            _times(like and like.operations, model.operations),
+        ),
+    ]
+    for batch in BATCHES:
+        mine, theirs = _at(model, batch), _at(like, batch)
+        times = _times(theirs and theirs.median, mine and mine.median)
+        rows.append((f"latency, batch {batch}", _time(mine), _time(theirs), times))
+    dense = like.accuracy if like else None
+    rows.append(("accuracy", _percent(model.accuracy), _percent(dense), _points(model.accuracy, dense)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _at(figures: Figures | None, batch: int) -> Latency | None:
+    return figures.latency.get(batch) if figures and figures.latency else None
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _times(numerator: float | None, denominator: float | None) -> str:
+    return "–" if numerator is None or not denominator else f"{numerator / denominator:.2f}×"
+
+
+def _size(value: float) -> str:
+    return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
+
+
+def _time(latency: Latency | None) -> str:
+    """The median and the interquartile range."""
+    if latency is None:
+        return "–"
+    factor, unit = (1e3, "ms") if latency.median >= 1e-3 else (1e6, "µs")
+    return f"{latency.median * factor:.3g} {unit} (±{latency.spread * factor:.2g})"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value * 100:.2f} %"
+
+
+def _points(value: float | None, base: float | None) -> str:
+    return "–" if value is None or base is None else f"{(value - base) * 100:+.2f} points"
