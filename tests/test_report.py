@@ -73,6 +73,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
+LOOK = """
+const [dark, done] = arguments, all = [...document.images], end = Date.now() + 5000;
+const drawnFrom = i => dark ? i.parentElement.querySelector("source").srcset : i.src;
+const answer = () => all.every(i => i.complete && i.currentSrc === drawnFrom(i)) || Date.now() > end
+    ? done(all.map(i => [i.currentSrc === drawnFrom(i) ? i.naturalWidth : 0, i.getAttribute("alt")]))
+    : setTimeout(answer, 5);
+answer();
+"""
+"""Waits until the pictures of the paper asked for have come, whole or broken; width and words of each."""
+
+
 def check_page(browser: Any, path: Path, texts: tuple[str, ...] = TEXTS) -> None:
     """The law: every picture shows on both papers and has words, no script errs, nothing is asked of a network."""
     for kind in ("browser", "performance"):
@@ -80,11 +91,7 @@ def check_page(browser: Any, path: Path, texts: tuple[str, ...] = TEXTS) -> None
     browser.get(path.as_uri())
     for scheme in ("light", "dark"):
         _emulate(browser, scheme, width=1200)
-        pictures = browser.execute_async_script(
-            "const done = arguments[0], all = [...document.images];"
-            "Promise.all(all.map(i => i.decode().catch(() => null)))"
-            ".then(() => done(all.map(i => [i.naturalWidth, i.getAttribute('alt')])));"
-        )
+        pictures = browser.execute_async_script(LOOK, scheme == "dark")
         assert pictures, "a page without pictures"
         assert all(width > 0 for width, _ in pictures), f"a picture is missing on {scheme} paper"
         assert all(alt for _, alt in pictures), "a picture has no words for those who cannot see it"
