@@ -78,6 +78,9 @@ def untie_(model: nn.Module) -> None:
         model: Written to; a model without ties stays as it is.
     """
     for module, leaf, _ in list(_tied(model)):
+        # A deep copy shares the class that holds the weight's property: deleting it there would break the original.
+        shared: Any = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
 
 
