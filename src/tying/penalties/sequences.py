@@ -34,7 +34,7 @@ class Constant:
     base: float = 1.0
 
     def __post_init__(self) -> None:
-        _not_negative(self, base=self.base)
+        _check_settings(self, base=self.base)
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
@@ -54,7 +54,7 @@ class Oscar:
     slope: float
 
     def __post_init__(self) -> None:
-        _not_negative(self, base=self.base, slope=self.slope)
+        _check_settings(self, base=self.base, slope=self.slope)
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
@@ -76,7 +76,7 @@ class Ramp:
     ratio: float = 3.0
 
     def __post_init__(self) -> None:
-        _not_negative(self, ratio=self.ratio)
+        _check_settings(self, ratio=self.ratio)
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
@@ -110,7 +110,7 @@ class Pld:
     variant: Variant = "paper"
 
     def __post_init__(self) -> None:
-        _not_negative(self, base=self.base, slope=self.slope, fraction=self.fraction)
+        _check_settings(self, base=self.base, slope=self.slope, fraction=self.fraction)
         if self.fraction > 1:
             raise PenaltyError(
                 f"Pld.fraction: expected a share of the ranks in [0, 1], got {self.fraction}; 0.5 is half of them"
@@ -144,7 +144,7 @@ class Spike:
     slope: float
 
     def __post_init__(self) -> None:
-        _not_negative(self, base=self.base, slope=self.slope)
+        _check_settings(self, base=self.base, slope=self.slope)
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
@@ -233,9 +233,17 @@ def _down_to_zero(n: int) -> Weights:
     return np.arange(n - 1, -1, -1, dtype=np.float64)
 
 
-def _not_negative(owner: object, **settings: object) -> None:
+def check_not_negative(name: str, value: object) -> float:
+    """Return a number as a float.
+
+    Raises:
+        PenaltyError: Names it, if it is not a finite number ≥ 0.
+    """
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+        raise PenaltyError(f"{name}: expected a finite number ≥ 0, got {value!r}; pass such a number")
+    return float(value)
+
+
+def _check_settings(owner: object, **settings: object) -> None:
     for name, value in settings.items():
-        if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
-            raise PenaltyError(
-                f"{type(owner).__name__}.{name}: expected a finite number ≥ 0, got {value!r}; pass such a number"
-            )
+        check_not_negative(f"{type(owner).__name__}.{name}", value)
