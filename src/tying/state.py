@@ -13,7 +13,7 @@ from safetensors.torch import save as encode
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tying.enforce.surgery import owned
+from tying.enforce.surgery import TIED, owned
 from tying.errors import FileError
 from tying.sealed import bytes_of
 
@@ -48,7 +48,7 @@ class State:
     extra: Mapping[str, Any]
     """What `nn.Module.get_extra_state` gave, where it is not a tensor."""
     transient: Mapping[str, tuple[str, tuple[int, ...]]]
-    """dtype and shape of the floating-point buffers that no state dict holds: the model builds them itself."""
+    """dtype and shape of the buffers that no state dict holds: the model builds them itself."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor under every name."""
@@ -86,6 +86,7 @@ def collect(model: nn.Module) -> State:
         else:
             first[id(value)], tensors[name] = name, value
     views = _views(tensors)
+    derived = {id(b) for m in model.modules() if isinstance(m, tuple(TIED.values())) for b in m.buffers()}
     return State(
         {name: tensor for name, tensor in tensors.items() if name not in views},
         aliases,
@@ -95,7 +96,7 @@ def collect(model: nn.Module) -> State:
         {
             name: (dtype_name(tensor.dtype), tuple(tensor.shape))
             for name, tensor in held.items()
-            if name not in tensors and name not in aliases and tensor.is_floating_point()
+            if name not in tensors and name not in aliases and id(tensor) not in derived
         },
     )
 
@@ -126,8 +127,8 @@ def fill(model: nn.Module, state: State) -> None:
         _place(model, name, new)
     for name, source in state.aliases.items():
         _place(model, name, placed[source])
-    for name, (dtype, shape) in state.transient.items():
-        _fit_transient(model, name, dtype, shape)
+    for name, (dtype, _) in state.transient.items():
+        _place(model, name, held[name].to(getattr(torch, dtype)))
     whole = {**placed, **{name: placed[source] for name, source in state.aliases.items()}}
     try:  # the values are there: this runs the hooks that modules hang on loading
         model.load_state_dict({**whole, **state.extra})
@@ -158,6 +159,18 @@ def refuse_lazy(model: nn.Module) -> None:
         if is_lazy(tensor):
             raise FileError(
                 f"{name}: expected a tensor with a shape, got an uninitialised one; run the model once first"
+            )
+
+
+def check_transient(model: nn.Module, state: State) -> None:
+    """Raise `FileError` unless the buffers that no state dict holds are those that the saved network had."""
+    held = owned(model)
+    for name, (_, shape) in state.transient.items():
+        if name not in held or tuple(held[name].shape) != shape:
+            got = f"shape {tuple(held[name].shape)}" if name in held else "none"
+            raise FileError(
+                f"{name}: expected a buffer of shape {shape} that the model builds itself, got {got}; {_REMEDY}, or "
+                "let the state dict hold the buffer (persistent=True) and save again"
             )
 
 
@@ -242,15 +255,6 @@ def _check_names(held: Mapping[str, Tensor], present: set[str], state: State) ->
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, tensor)
-
-
-def _fit_transient(model: nn.Module, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    buffer = owned(model).get(name)
-    if buffer is None or tuple(buffer.shape) != shape:
-        got = "none" if buffer is None else f"shape {tuple(buffer.shape)}"
-        raise FileError(f"{name}: expected a buffer of shape {shape} that the model builds, got {got}; {_REMEDY}")
-    if dtype_name(buffer.dtype) != dtype:
-        _place(model, name, buffer.to(getattr(torch, dtype)))
 
 
 def _check_filled(model: nn.Module, whole: Mapping[str, Tensor], state: State) -> None:

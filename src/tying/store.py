@@ -7,20 +7,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tying.atomic import write_atomically
-from tying.enforce.surgery import Description, describe, rebuild
-from tying.enforce.tie import gradients_of, plan_of, tie_, untie_
+from tying.enforce.surgery import TIED, Description, describe, rebuild
+from tying.enforce.tie import Gradient, gradients_of, plan_of, tie_, untie_
 from tying.errors import FileError, TyingError
 from tying.groups import Groups
 from tying.packing import Packed, pack, unpack
 from tying.plan import Member, Partition, Tie, TiePlan
 from tying.sealed import seal, unseal
-from tying.state import State, View, collect, dtype_name, fill, is_dense, refuse_lazy
+from tying.state import EXTRA, State, View, check_transient, collect, dtype_name, fill, is_dense, refuse_lazy
 from tying.unique import Step, plan_in_force, unique_set
 
 KIND, VERSION = "tying.model", 1
@@ -112,11 +112,15 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     stored, record = unseal(path, kind=KIND, version=VERSION)
     with _Understood(path):
         state = _state(stored, record)
+        description = _with_known(record.get("architecture", {}), state)
+        ties = [(_tie_of(entry, stored, record), str(gradient)) for entry, gradient in record.get("tie_", ())]
     try:
         refuse_lazy(model)
+        check_transient(model, state)
         with torch.random.fork_rng(devices=[]):  # layers draw their first values, which are not kept
-            built = rebuild(_untied(model), _with_known(record.get("architecture", {}), state))
-            _restore_ties(built, record, stored)
+            built = rebuild(_untied(model), description)
+            for gradient in sorted({gradient for _, gradient in ties}):
+                tie_(built, TiePlan([tie for tie, g in ties if g == gradient]), gradient=cast(Gradient, gradient))
         fill(built, state)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
@@ -202,13 +206,16 @@ def _state(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
     for entry, shapes in reversed(record.get("steps", [])):
         step = Step(_tie_of(entry, stored, record), tuple(tuple(shape) for shape in shapes))
         tensors.update(step.undo(tensors))
+    views = {name: View(base, tuple(s), tuple(t), at) for name, (base, s, t, at) in record.get("views", {}).items()}
+    for view in views.values():
+        view.of(tensors[view.base])
     for name, strides in record.get("strides", {}).items():
         plain = tensors[name]
         tensors[name] = torch.empty_strided(plain.shape, strides, dtype=plain.dtype).copy_(plain)
     return State(
         tensors,
         record.get("aliases", {}),
-        {name: View(base, tuple(s), tuple(t), at) for name, (base, s, t, at) in record.get("views", {}).items()},
+        views,
         frozenset(record.get("frozen", ())),
         record.get("extra", {}),
         {name: (dtype, tuple(shape)) for name, (dtype, shape) in record.get("transient", {}).items()},
@@ -249,22 +256,23 @@ def _without_known(description: Description, state: State) -> Description:
     return lean
 
 
+_TIED_TYPES = {twin.__name__ for twin in TIED.values()}
+
+
 def _with_known(lean: Description, state: State) -> Description:
     """The inverse of `_without_known`."""
     description = {path: {**entry, "tensors": dict(entry.get("tensors", {}))} for path, entry in lean.items()}
     for name, shape in state.shapes().items():
         path, _, leaf = name.rpartition(".")
-        if path in description:
+        if path in description and leaf != EXTRA:
             description[path]["tensors"][leaf] = list(shape)
+    for entry in description.values():
+        shapes = [shape for shape in entry["tensors"].values() if shape is not None]
+        tied = entry["type"] in _TIED_TYPES
+        if not all(size >= 0 for shape in shapes for size in shape) or (tied and not entry["tensors"]["labels"]):
+            raise ValueError(entry)
     return description
 
 
 def _join(path: str, leaf: str) -> str:
     return f"{path}.{leaf}" if path else leaf
-
-
-def _restore_ties(built: nn.Module, record: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
-    """Put the ties of `tie_` in force."""
-    ties = [(_tie_of(entry, stored, record), gradient) for entry, gradient in record.get("tie_", ())]
-    for gradient in sorted({gradient for _, gradient in ties}):
-        tie_(built, TiePlan([tie for tie, g in ties if g == gradient]), gradient=gradient)
