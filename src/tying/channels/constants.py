@@ -1,11 +1,27 @@
-"""What cannot vary with the input, proven, and its exact value: the outputs of dead units, as their readers see them."""
+"""What cannot vary with the input, proven, and its exact value as the readers see it.
+
+Every value of the exported graph is computed in float64 on the example inputs, together with a mask: which elements
+may vary with the input. Exact zeros are what stops variation, nothing else; an operation without a rule varies as a
+whole as soon as anything that goes in varies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Node
+
+from tying.channels import rules
+from tying.channels.find import trace
+from tying.channels.graph import Call, Graph, export
+
+SAME = 1e-12
+"""Positions agree when they differ by less than this, relative to the largest: kernels may sum in another order."""
 
 
 @dataclass(frozen=True)
@@ -13,7 +29,7 @@ class Reading:
     """What one input index of a weight sees, over all calls of its layer."""
 
     value: float
-    """The constant, exact in float64: the same at every position, in every sample, in every call."""
+    """The constant, computed in float64: the same at every position, in every sample, in every call."""
     padded: bool
     """Whether a zero-padded (or transposed) convolution reads it: then the border differs unless `value` is 0."""
 
@@ -30,7 +46,10 @@ class Constants:
 
         None where the input may vary, or is a non-zero constant that meets zero padding.
         """
-        raise NotImplementedError
+        reading = self.readings.get((parameter, axis, index))
+        if reading is None or (reading.padded and reading.value != 0):
+            return None
+        return reading.value
 
 
 def find_constants(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Constants:
@@ -42,5 +61,231 @@ def find_constants(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]
 
     Raises:
         CompactError: If `torch.export` can't follow the forward.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[1].zero_(), model[0].bias[1].fill_(0.5)
+        >>> find_constants(model, torch.zeros(1, 2)).readings
+        {('2.weight', 1, 1): Reading(value=0.5, padded=False)}
     """
-    raise NotImplementedError
+    return constants_of(export(model, example_inputs), example_inputs)
+
+
+def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> Constants:
+    """Find the constants of an exported model, with the values that its tensors have now.
+
+    `find_constants` in two steps, where the graph serves twice: for `channels_of` too, or before and after weights
+    were set to zero.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    tracer = trace(graph)
+    reads = {read.call.node: read for read in tracer.readings}
+    found: dict[int, Reading | None] = {}
+    with torch.no_grad():
+        for call in _computed(graph, inputs):
+            if call.node in reads:
+                read = reads[call.node]
+                seen = _constants(call[read.operand], read.axis)
+                for label, value in zip(read.labels.tolist(), seen, strict=True):
+                    reading = None if value is None else Reading(value, read.padded)
+                    found[label] = _agreed(found[label], reading) if label in found else reading
+    named = {
+        (alias, axis, index): reading
+        for name, starts in tracer.ledger.starts.items()
+        for axis, start in enumerate(starts)
+        for index in range(tracer.ledger.shapes[name][axis])
+        if (reading := found.get(start + index)) is not None
+        for alias in (name, *graph.aliases[name])
+    }
+    return Constants(named)
+
+
+def _facts(nested: Any) -> list[Fact]:
+    if isinstance(nested, Fact):
+        return [nested]
+    if isinstance(nested, list | tuple):
+        return [fact for item in cast(list[Any], nested) for fact in _facts(item)]
+    return []
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A value on the example inputs, float64, and for each element whether it may vary with them."""
+
+    value: Tensor
+    varies: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """1 where the value may be other than zero, else 0; float64."""
+        return ((self.value != 0) | self.varies).double()
+
+
+def _agreed(one: Reading | None, other: Reading | None) -> Reading | None:
+    """Several calls of a layer, or layers with tied weights, must read the same constant."""
+    if one is None or other is None or not _same(min(one.value, other.value), max(one.value, other.value)):
+        return None
+    return Reading(one.value, one.padded or other.padded)
+
+
+def _same(low: float, high: float) -> bool:
+    return high - low <= SAME * max(abs(low), abs(high))
+
+
+def _constants(fact: Fact, axis: int) -> list[float | None]:
+    """Return the constant at each index of the axis, or None."""
+    values = fact.value.movedim(axis, 0).flatten(1) if fact.value.ndim > 1 else fact.value[:, None]
+    varies = fact.varies.movedim(axis, 0).flatten(1) if fact.varies.ndim > 1 else fact.varies[:, None]
+    return [
+        low + (high - low) / 2 if not free and math.isfinite(high - low) and _same(low, high) else None
+        for low, high, free in zip(
+            values.amin(1).tolist(), values.amax(1).tolist(), varies.any(1).tolist(), strict=True
+        )
+    ]
+
+
+def _computed(graph: Graph, inputs: tuple[Tensor, ...]) -> Iterator[Call]:
+    """Run the graph, yielding each call with the facts that it is about to use."""
+    given = iter(inputs)
+    facts: dict[Node, Any] = {}
+    last = {used: node for node in graph.nodes for used in node.all_input_nodes}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            source = graph.sources[node.name]
+            tensor = next(given, None) if source.kind == "input" else source.tensor
+            facts[node] = _fact(tensor, source.kind == "input")
+    for call in graph.calls(facts):
+        yield call
+        facts[call.node] = _apply(call)
+        for used in call.node.all_input_nodes:
+            if last[used] is call.node:
+                facts[used] = None
+
+
+def _fact(tensor: Any, varies: bool) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return Fact(_double(tensor.detach().cpu()), torch.full(tensor.shape, varies))
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _apply(call: Call) -> Any:
+    if call.name == "getitem":
+        return call["0"][call["1"]]
+    if not any(isinstance(out, Tensor) for out in call.outputs):
+        return None
+    try:
+        values = _run(call, lambda fact: fact.value)
+        masks = _varying(call)
+        facts = [Fact(_double(v), m.expand(v.shape)) for v, m in zip(values, masks, strict=True)]
+    except Exception:  # what can't be computed here is not proven constant: default deny
+        shapes = [tuple(out.shape) for out in call.outputs]
+        facts = [Fact(torch.zeros(shape), torch.ones(shape, dtype=torch.bool)) for shape in shapes]
+    return facts if isinstance(call.node.meta.get("val"), list | tuple) else facts[0]
+
+
+def _run(call: Call, pick: Callable[[Fact], Tensor], **changed: Any) -> list[Tensor]:
+    """Run the operation with a tensor in the place of every fact."""
+    result = call.run(lambda item: pick(item) if isinstance(item, Fact) else item, **changed)
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def _varying(call: Call) -> list[Tensor]:
+    """Return which elements of the outputs may vary; broadcasts to their shapes."""
+    facts = _facts(list(call.arguments.values()))
+    everything = [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
+    if call.random and (call.name not in rules.IDENTITIES or call["train"] or call["training"]):
+        return everything
+    if not any(bool(fact.varies.any()) for fact in facts):
+        return [~mask for mask in everything]
+    mask = _mask_for(call)
+    return everything if mask is None else [m > 0 for m in mask(call, facts)]
+
+
+def _mask_for(call: Call) -> Mask | None:
+    if call.name in MASKS:
+        return MASKS[call.name]
+    if rules.CONVOLUTIONS.fullmatch(call.name):
+        return _product
+    if rules.WINDOWS.fullmatch(call.name) and "bicubic" not in call.name:  # bicubic weights cancel each other
+        return _moved
+    return _elementwise if call.pointwise else None
+
+
+def _moved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    changed = {"value": 0} if call.name in ("pad", "constant_pad_nd") else {}
+    return _run(call, lambda fact: fact.varies.double(), **changed)
+
+
+def _elementwise(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    return [cast(Tensor, sum(fact.varies.double() for fact in facts))]
+
+
+def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """A product varies where one factor does and the other is not zero."""
+    left, right = FACTORS.get(call.name, ("input", "weight"))
+    one, two = call[left], call[right]
+    if not isinstance(one, Fact) or not isinstance(two, Fact):
+        return _elementwise(call, facts)
+    if any(bool(fact.varies.any()) for fact in facts if fact is not one and fact is not two):
+        return [torch.ones(1)]
+    added: dict[str, Any] = {"bias": None} if "bias" in call.arguments else {}
+    if call.name == "addmm":
+        added = {"self": torch.zeros(1, dtype=torch.float64), "alpha": 1, "beta": 1}
+    total = torch.zeros(1, dtype=torch.float64)
+    for first, second in ((one.varies.double(), two.present), (one.present, two.varies.double())):
+        if bool((first != 0).any()) and bool((second != 0).any()):
+            total = total + call.run(lambda item: item, **added, **{left: first, right: second})
+    return [total]
+
+
+def _scaled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """Normalisation with running statistics: a channel whose weight is zero is its bias."""
+    value, weight = call["input"], call["weight"]
+    mask = value.varies.double()
+    if isinstance(weight, Fact):
+        mask = mask * weight.present.reshape([-1 if d == 1 else 1 for d in range(mask.ndim)])
+    return [mask, *[torch.ones(1)] * (len(call.outputs) - 1)]
+
+
+def _reduced(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    mask, dim = call["self"].varies.double(), call["dim"]
+    dims = [dim] if isinstance(dim, int) else list(dim or range(mask.ndim))
+    return [mask.amax(dims).reshape(call.shape)] * len(call.outputs)
+
+
+def _coupled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    mask = call["self"].varies
+    return [mask.any(call["dim"], keepdim=True) if mask.ndim else mask]
+
+
+def _looked_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """A column of an embedding that is the same for every index is constant."""
+    weight, indices = call["weight"], call["indices"]
+    constant = (weight.value == weight.value[:1]).all(0) & ~weight.varies.any(0)
+    return [indices.varies[..., None] & ~constant]
+
+
+Mask = Callable[[Call, Sequence[Fact]], list[Tensor]]
+FACTORS = {**rules.PRODUCTS, "mul": ("self", "other"), "bmm": ("self", "mat2")}
+"""The names of the two factors, where they are not `input` and `weight`."""
+MASKS: dict[str, Mask] = {
+    "linear": _product,
+    "embedding": _looked_up,
+    "pad": _moved,
+    "constant_pad_nd": _moved,
+    "expand": _moved,
+    "prelu": lambda call, facts: [call["self"].varies],
+    "batch_norm": _scaled,
+    "_native_batch_norm_legit_no_training": _scaled,
+    **dict.fromkeys(FACTORS, _product),
+    **dict.fromkeys(rules.IDENTITIES | rules.MOVES | rules.CUTS, _moved),
+    **dict.fromkeys(rules.ELEMENTWISE, _elementwise),
+    **dict.fromkeys(rules.REDUCTIONS, _reduced),
+    **dict.fromkeys(rules.COUPLED, _coupled),
+}
+"""By name of the operation; each gives positive numbers where the outputs may vary."""

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+from torch.fx import Node
+
+from tying.channels.graph import Graph, Source, export
+from tying.channels.labels import Ledger, Weight
+from tying.channels.rules import apply
+from tying.channels.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,12 @@ class Channel:
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """All that disappears with the channel: `makers` and `readers`, each (parameter, axis) once."""
-        raise NotImplementedError
+        merged: dict[tuple[str, int], Slice] = {}
+        for part in (*self.makers, *self.readers):
+            known = merged.get((part.parameter, part.axis), part)
+            indices = tuple(sorted({*known.indices, *part.indices}))
+            merged[part.parameter, part.axis] = Slice(part.parameter, part.axis, indices, part.aliases)
+        return tuple(merged.values())
 
 
 @dataclass(frozen=True)
@@ -75,25 +88,110 @@ class Channels:
 
         None where the slice belongs to no channel (an axis of a kernel, a parameter that the forward does not use).
         """
-        raise NotImplementedError
+        return self._by_slice.get((parameter, axis, index))
 
     def made_by(self, parameter: str) -> tuple[Channel, ...]:
         """Return the channels that have the parameter among their makers."""
-        raise NotImplementedError
+        return tuple(channel for channel in self if any(_names(s, parameter) for s in channel.makers))
 
     def read_by(self, parameter: str) -> tuple[Channel, ...]:
         """Return the channels that have the parameter among their readers."""
-        raise NotImplementedError
+        return tuple(channel for channel in self if any(_names(s, parameter) for s in channel.readers))
+
+    @cached_property
+    def _by_slice(self) -> dict[tuple[str, int, int], Channel]:
+        return {
+            (name, part.axis, index): channel
+            for channel in self
+            for part in channel.slices
+            for name in (part.parameter, *part.aliases)
+            for index in part.indices
+        }
 
 
 def find_channels(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Channels:
     """Find the channels of a model. The model is left as it is, training flags too.
 
     Args:
-        model: Analysed in evaluation mode.
+        model: Analysed in evaluation mode; any dtype and device.
         example_inputs: As `model(*example_inputs)` takes them; a batch of 2 is enough.
 
     Raises:
         CompactError: If `torch.export` can't follow the forward (control flow that depends on the data).
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+        >>> channel = find_channels(model, torch.zeros(2, 1, 4, 4)).of("0.weight", 0, 1)
+        >>> [str(part) for part in channel.makers], [str(part) for part in channel.readers]
+        (['0.weight[axis 0: 1]', '0.bias[axis 0: 1]'], ['3.weight[axis 1: 4, 5, 6, 7]'])
+        >>> find_channels(model, torch.zeros(2, 1, 4, 4)).of("3.weight", 0, 1).blocked
+        'an output of the model'
     """
-    raise NotImplementedError
+    return channels_of(export(model, example_inputs))
+
+
+def channels_of(graph: Graph) -> Channels:
+    """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
+    ledger = trace(graph).ledger
+    classes, reasons = ledger.settle()
+    makers: dict[int, list[Slice]] = {}
+    readers: dict[int, list[Slice]] = {}
+    order: dict[int, None] = {}
+    for name, starts in ledger.starts.items():
+        for axis, start in enumerate(starts):
+            span = slice(start, start + ledger.shapes[name][axis])
+            for marked, parts in ((ledger.made[span], makers), (ledger.read[span], readers)):
+                indices: dict[int, list[int]] = {}
+                for index in np.flatnonzero(marked).tolist():
+                    indices.setdefault(int(classes[start + index]), []).append(index)
+                for found, members in indices.items():
+                    order[found] = None
+                    part = Slice(name, axis, tuple(members), graph.aliases[name])
+                    parts.setdefault(found, []).append(part)
+    return Channels(tuple(Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c]) for c in order))
+
+
+def trace(graph: Graph) -> Tracer:
+    """Push labels through the graph: what the rules found is in the tracer and its ledger."""
+    ledger = Ledger(graph.tensors)
+    tracer = Tracer(ledger)
+    values: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _placeholder(graph.sources[node.name], node, ledger)
+    _block_shared_memory(graph, ledger)
+    for call in graph.calls(values):
+        values[call.node] = apply(tracer, call)
+    for node in graph.outputs():
+        value = values[node]
+        for labels in value.axes if isinstance(value, Weight) else [value]:
+            ledger.block(labels, "an output of the model")
+    return tracer
+
+
+def _placeholder(source: Source, node: Node, ledger: Ledger) -> Any:
+    if source.tensor is not None and source.kind in ("parameter", "buffer"):
+        return ledger.weight(source.name, is_buffer=source.kind == "buffer")
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor):
+        return example
+    what = "an input of the model" if source.kind == "input" else f"the constant {source.name!r}, which can't be cut"
+    return ledger.anonymous(example.shape, what)
+
+
+def _block_shared_memory(graph: Graph, ledger: Ledger) -> None:
+    """Block tensors that are views of one memory without being one tensor: cutting them would untie them."""
+    owners: dict[tuple[str, int], list[str]] = {}
+    for name, tensor in graph.tensors.items():
+        if tensor.numel() and tensor.device.type != "meta":
+            owners.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), []).append(name)
+    for names in owners.values():
+        for name in names if len(names) > 1 else []:
+            other = next(n for n in names if n != name)
+            for labels in ledger.weight(name, is_buffer=False).axes:
+                ledger.block(labels, f"{name!r} shares its memory with {other!r} without being the same tensor")
+
+
+def _names(part: Slice, parameter: str) -> bool:
+    return parameter == part.parameter or parameter in part.aliases

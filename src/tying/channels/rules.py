@@ -1,0 +1,391 @@
+"""One rule per kind of operation: what it does to labels. What has no rule blocks what it touches: default deny.
+
+Data movement is executed on the labels, so that its index maps are right by construction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tying.channels.graph import Call
+from tying.channels.labels import Value, Weight, squash, unique, varies
+from tying.channels.tracer import Read, Tracer, spread, values_in
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+Rule = Callable[[Tracer, Call], Any]
+
+IDENTITIES = _names(
+    "clone alias detach contiguous lift_fresh_copy to _to_copy dropout feature_dropout alpha_dropout "
+    "feature_alpha_dropout"
+)
+MOVES = _names(
+    "view _unsafe_view reshape flatten unflatten permute transpose t unsqueeze squeeze expand expand_as cat stack flip "
+    "repeat repeat_interleave movedim channel_shuffle pixel_shuffle pixel_unshuffle"
+)
+CUTS = _names("slice select split split_with_sizes unbind chunk narrow unsafe_split")
+"""Data movement at literal positions: channels lying along the cut axis would move to other positions."""
+ELEMENTWISE = _names("hardswish hardsigmoid hardtanh relu6 relu gelu silu logsigmoid")
+"""Pointwise, though PyTorch does not tag all of them so."""
+CONVOLUTIONS = re.compile(r"conv(_transpose)?([123])d")
+WINDOWS = re.compile(
+    r"(?:(?:adaptive_)?(?:avg|max)_pool|_?upsample_(?:nearest|nearest_exact|linear|bilinear|trilinear|bicubic))"
+    r"([123])d(?:_with_indices)?"
+)
+PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
+"""The names of the two factors."""
+REDUCTIONS = _names("mean sum amax amin max min std var prod linalg_vector_norm logsumexp all any")
+COUPLED = _names("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp")
+CHANNELWISE_NORMS = _names("batch_norm _native_batch_norm_legit_no_training instance_norm")
+COUPLED_NORMS = _names("layer_norm group_norm rms_norm")
+
+
+def apply(tracer: Tracer, call: Call) -> Any:
+    """Return the labels of the call's outputs, a value or a list of values, and check that none got lost."""
+    before = len(tracer.ledger.reads)
+    result = rule_for(call)(tracer, call)
+    inside = [v for v in values_in(list(call.arguments.values())) if isinstance(v, Tensor)]
+    outside = [v for v in values_in([result]) if isinstance(v, Tensor)]
+    known = {id(v) for v in inside}
+    for value in outside:
+        if id(value) not in known:
+            tracer.ledger.require_whole(value, f"{call} leaves it scattered over several axes")
+    kept = {id(v) for v in outside}
+    lost = [unique(v) for v in inside if id(v) not in kept]
+    if lost and call.name != "getitem":
+        after = [unique(v) for v in outside] + tracer.ledger.reads[before:]
+        tracer.ledger.require_kept(_joined(lost), _joined(after), f"{call} takes it in and does not give it back")
+    return result
+
+
+def rule_for(call: Call) -> Rule:
+    """Return the rule of the operation."""
+    if isinstance(call["other"], Tensor | Weight) and call.name in ("max", "min"):
+        return pointwise
+    if call.name in RULES:
+        return RULES[call.name]
+    if CONVOLUTIONS.fullmatch(call.name):
+        return convolution
+    if WINDOWS.fullmatch(call.name):
+        return window
+    if call.name.startswith("_assert"):
+        return lambda tracer, call: None
+    if call.pointwise:
+        return pointwise
+    return Tracer.deny
+
+
+def identity(tracer: Tracer, call: Call) -> Value:
+    """Give back what came in."""
+    return next(iter(values_in(list(call.arguments.values()))))
+
+
+def getitem(tracer: Tracer, call: Call) -> Any:
+    """Take one of several outputs."""
+    return call["0"][call["1"]]
+
+
+def move(tracer: Tracer, call: Call) -> Any:
+    """Execute the operation on the labels; a parameter that moves alone stays a parameter."""
+    operands = values_in(list(call.arguments.values()))
+    weight = operands[0]
+    if len(operands) == 1 and isinstance(weight, Weight):
+        if not weight.axes:
+            return tracer.labels(weight, call)
+        moved = [_execute(call, {id(weight): labels}) for labels in weight.axes]
+        if isinstance(moved[0], Tensor):
+            return Weight(weight.name, tuple(moved), weight.is_buffer, moved=True)
+        parts: list[Any] = list(zip(*moved, strict=True))
+        return [Weight(weight.name, part, weight.is_buffer, moved=True) for part in parts]
+    return _execute(call, {id(value): tracer.labels(value, call) for value in operands})
+
+
+def expand(tracer: Tracer, call: Call) -> Any:
+    """Data movement; but copies of what belongs to no channel must not weld together the channels they meet."""
+    value = call["self"]
+    if isinstance(value, Tensor) and value.numel() and bool((squash(value)[0] >= tracer.ledger.named).all()):
+        return tracer.ledger.anonymous(call.shape, f"{call} spreads it over other channels")
+    return move(tracer, call)
+
+
+def cut(tracer: Tracer, call: Call) -> Any:
+    """Execute the operation; channels along the cut axis must keep their positions."""
+    value = call["self"]
+    result = move(tracer, call)
+    layers = [value] if isinstance(value, Tensor) else list(value.axes)
+    if not layers:
+        return result
+    axis = int(call["dim"] or 0) % layers[0].ndim
+    if call.name in ("slice", "narrow") and tuple(layers[0].shape) == call.shape:
+        return result
+    chunks = len(call.outputs) if call.origin == "chunk" and call.name != "slice" else None
+    for labels in layers:
+        tracer.ledger.require_fixed(labels, axis, chunks, f"{call} cuts it at positions written in forward")
+    return result
+
+
+def pointwise(tracer: Tracer, call: Call) -> Any:
+    """Unite the operands, element by element; what is broadcast over several channels belongs to none of them."""
+    ledger, values = tracer.ledger, values_in(list(call.arguments.values()))
+    shape = call.shape
+    like = next((v for v in values if isinstance(v, Tensor) and tuple(v.shape) == shape), None)
+    operands = [tracer.labels(value, call, like=like) for value in values]
+    padded = [labels.reshape([1] * (len(shape) - labels.ndim) + list(labels.shape)) for labels in operands]
+    kept: list[Tensor] = []
+    for labels, original in zip(padded, operands, strict=True):
+        wide = [d for d, n in enumerate(shape) if n > 1 and labels.shape[d] == 1]
+        others = [other for other in padded if other is not labels]
+        over = varies if bool((squash(labels)[0] >= ledger.named).all()) else ledger.splits
+        if any(over(other, d) for other in others for d in wide):
+            ledger.block(labels, f"{call} spreads it over other channels")
+        else:
+            kept.append(original if tuple(original.shape) == shape else labels)
+    if not kept:
+        return tracer.deny(call)
+    result = kept[0] if tuple(kept[0].shape) == shape else kept[0].expand(shape)
+    for labels in kept[1:]:
+        ledger.unite(result, labels)
+    return result
+
+
+def prelu(tracer: Tracer, call: Call) -> Value:
+    """One slope for all, or one per channel of axis 1."""
+    labels, slope = tracer.labels(call["self"], call), call["weight"]
+    if not (isinstance(slope, Weight) and slope.axes and slope.axes[0].numel() == 1):
+        tracer.attach(labels, 1, [slope], call)
+    return labels
+
+
+def contract(
+    tracer: Tracer, call: Call, operand: str, axis: int, weight: Any, dims: tuple[int, int], bias: Any, out: int
+) -> Tensor:
+    """Sum over `axis` of the operand times dimension `dims[0]` of the weight; `dims[1]` becomes axis `out`."""
+    labels = tracer.labels(call[operand], call, axis=axis)
+    inner = weight.along(dims[0]) if isinstance(weight, Weight) and not weight.is_buffer else None
+    outer = weight.along(dims[1]) if isinstance(weight, Weight) and not weight.is_buffer else None
+    if inner is None or outer is None:
+        return tracer.deny(call, f"{call} reads it with a weight that is computed, or not read axis by axis")
+    line = tracer.column(labels, axis, f"{call} reads it along another axis")
+    if line is None:
+        return tracer.deny(call, f"{call} reads along another axis than that of the channels")
+    tracer.ledger.unite(line, inner)
+    tracer.ledger.mark_read(inner)
+    tracer.ledger.mark_made(outer)
+    padded = bool(CONVOLUTIONS.fullmatch(call.name)) and ("transpose" in call.name or _is_padded(call, weight))
+    tracer.readings.append(Read(call, operand, axis, inner, padded))
+    result = spread(outer, out, len(call.shape)).expand(call.shape)
+    add_bias(tracer, call, result, bias, out)
+    return result
+
+
+def add_bias(tracer: Tracer, call: Call, labels: Tensor, bias: Any, axis: int) -> None:
+    """Unite the labels of a result with those of the bias that is added to it along the axis."""
+    if isinstance(bias, Weight) and len(bias.axes) == 1 and not bias.is_buffer:
+        tracer.attach(labels, axis, [bias], call)
+    elif bias is not None:
+        added = tracer.labels(bias, call, like=labels)
+        tracer.ledger.unite(labels, added if added.ndim != 1 else spread(added, axis, labels.ndim))
+
+
+def linear(tracer: Tracer, call: Call) -> Any:
+    """`out[..., o] = Σ_i input[..., i] weight[o, i] + bias[o]`."""
+    last = len(call.shape) - 1
+    return contract(tracer, call, "input", last, call["weight"], (1, 0), call["bias"], last)
+
+
+def matmul(tracer: Tracer, call: Call) -> Any:
+    """A contraction if one side is a parameter of two dimensions; two activations block each other."""
+    left, right = PRODUCTS[call.name]
+    bias = call["self"] if call.name == "addmm" else None
+    last = len(call.shape) - 1
+    if _is_matrix(call[right]) and _ndim(call[left]) == last + 1:
+        return contract(tracer, call, left, last, call[right], (0, 1), bias, last)
+    if _is_matrix(call[left]) and _ndim(call[right]) == last + 1:
+        axis = max(last - 1, 0)
+        return contract(tracer, call, right, axis, call[left], (1, 0), bias, axis)
+    return tracer.deny(call)
+
+
+def convolution(tracer: Tracer, call: Call) -> Any:
+    """Contract the channels; with groups, all channels of a group, in and out, go together."""
+    axis = len(call.shape) - 1 - int(call.name[-2])
+    transposed, groups = "transpose" in call.name, int(call["groups"] or 1)
+    if groups == 1:
+        dims = (0, 1) if transposed else (1, 0)
+        return contract(tracer, call, "input", axis, call["weight"], dims, call["bias"], axis)
+    weight = call["weight"]
+    rows = weight.along(0) if isinstance(weight, Weight) and not weight.is_buffer else None
+    line = tracer.column(tracer.labels(call["input"], call, axis=axis), axis, f"{call} reads it along another axis")
+    if rows is None or line is None:
+        return tracer.deny(call, f"{call} reads it with a weight that is computed, or along another axis")
+    first = line.reshape(groups, -1)[:, :1]
+    tracer.ledger.unite(first, line.reshape(groups, -1))
+    tracer.ledger.unite(first, rows.reshape(groups, -1))
+    tracer.ledger.mark_made(rows)
+    made = first.expand(groups, call.shape[axis] // groups).reshape(-1)
+    result = spread(made, axis, len(call.shape)).expand(call.shape)
+    add_bias(tracer, call, result, call["bias"], axis)
+    return result
+
+
+def channelwise_norm(tracer: Tracer, call: Call) -> Any:
+    """Every channel by itself: its entries of weight, bias and running statistics go with it."""
+    labels = tracer.labels(call["input"], call)
+    names = ("weight", "bias", "running_mean", "running_var")
+    tracer.attach(labels, 1, [call[name] for name in names], call)
+    return _first_output(tracer, call, labels)
+
+
+def coupled_norm(tracer: Tracer, call: Call) -> Any:
+    """All channels together: they stay what they are, but none can go without changing the others."""
+    labels = tracer.labels(call["input"], call)
+    shape = call["normalized_shape"]
+    axes = [1] if shape is None else list(range(labels.ndim - len(shape), labels.ndim))
+    affine = [call[name] for name in ("weight", "bias") if call[name] is not None]
+    reason = f"{call} normalises it together with others"
+    if len(axes) == 1:
+        tracer.attach(labels, axes[0], affine, call)
+    else:
+        for weight in affine:
+            tracer.spoil(weight, reason) if isinstance(weight, Weight) else tracer.ledger.block(weight, reason)
+    tracer.ledger.block(labels, reason)
+    return labels
+
+
+def coupled(tracer: Tracer, call: Call) -> Any:
+    """Block channels that lie along the axis; along any other axis they don't feel it."""
+    labels = tracer.labels(call["self"], call)
+    if labels.ndim and varies(labels, int(call["dim"]) % labels.ndim):
+        tracer.ledger.block(labels, f"{call} mixes it with others")
+    return labels
+
+
+def window(tracer: Tracer, call: Call) -> Any:
+    """Pooling and resampling of the last dimensions: channels stay, if they don't lie along these."""
+    value = call["self"] if call["self"] is not None else call["input"]
+    dims = int(WINDOWS.sub(r"\1", call.name))
+    labels = tracer.labels(value, call)
+    narrowed = _narrow(tracer, labels, list(range(labels.ndim - dims, labels.ndim)))
+    if narrowed is None:
+        return tracer.deny(call)
+    return _first_output(tracer, call, narrowed.expand(call.shape))
+
+
+def reduction(tracer: Tracer, call: Call) -> Any:
+    """Mean, sum, largest … over axes along which no channels lie."""
+    labels = tracer.labels(call["self"], call)
+    given = call["dim"]
+    dims = [given] if isinstance(given, int) else list(given or range(labels.ndim))
+    dims = [d % labels.ndim for d in dims]
+    narrowed = _narrow(tracer, labels, dims)
+    if narrowed is None:
+        return tracer.deny(call, f"{call} puts it together with others")
+    return _first_output(tracer, call, narrowed.reshape(call.shape))
+
+
+def pad(tracer: Tracer, call: Call) -> Any:
+    """Padding of axes along which no channels lie; padded channels belong to nobody."""
+    ledger, labels = tracer.ledger, tracer.labels(call["self"], call)
+    pads: list[int] = list(call["pad"])
+    zeros = call["mode"] in (None, "constant")
+    for i in range(0, len(pads), 2):
+        dim, before, after = labels.ndim - 1 - i // 2, pads[i], pads[i + 1]
+        if not before and not after:
+            continue
+        if not varies(labels, dim) or not (zeros and min(before, after) >= 0):
+            narrowed = _narrow(tracer, labels, [dim])
+            if narrowed is None:
+                return tracer.deny(call)
+            labels = narrowed.expand(_resized(labels, dim, labels.shape[dim] + before + after))
+        else:
+            sides = [ledger.anonymous(_resized(labels, dim, n), f"padded by {call}") for n in (before, after)]
+            labels = torch.cat([sides[0], labels, sides[1]], dim)
+    return labels
+
+
+def embedding(tracer: Tracer, call: Call) -> Any:
+    """`out[..., d] = weight[index, d]`: makes channels along axis 1 of the weight."""
+    made = call["weight"].along(1) if isinstance(call["weight"], Weight) else None
+    vocabulary = call["weight"].along(0) if isinstance(call["weight"], Weight) else None
+    if made is None or vocabulary is None:
+        return tracer.deny(call)
+    tracer.ledger.block(vocabulary, f"{call} looks it up by its index")
+    tracer.ledger.mark_made(made)
+    return made.expand(call.shape)
+
+
+RULES: dict[str, Rule] = {
+    "getitem": getitem,
+    "linear": linear,
+    "prelu": prelu,
+    "pad": pad,
+    "constant_pad_nd": pad,
+    "embedding": embedding,
+    **dict.fromkeys(PRODUCTS, matmul),
+    **dict.fromkeys(IDENTITIES, identity),
+    **dict.fromkeys(MOVES, move),
+    "expand": expand,
+    **dict.fromkeys(CUTS, cut),
+    **dict.fromkeys(ELEMENTWISE, pointwise),
+    **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys(COUPLED, coupled),
+    **dict.fromkeys(CHANNELWISE_NORMS, channelwise_norm),
+    **dict.fromkeys(COUPLED_NORMS, coupled_norm),
+}
+"""By name of the operation; convolutions, windows and what PyTorch tags as pointwise are found by `rule_for`."""
+
+
+def _execute(call: Call, replaced: dict[int, Tensor]) -> Any:
+    """Run the operation with label tensors in the place of its operands."""
+    result = call.run(lambda item: replaced.get(id(item), item))
+    return list(result) if isinstance(result, list | tuple) else result
+
+
+def _first_output(tracer: Tracer, call: Call, labels: Tensor) -> Any:
+    if not isinstance(call.node.meta.get("val"), list | tuple):
+        return labels
+    others = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs[1:]]
+    return [labels, *others]
+
+
+def _narrow(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """Keep one index of these dimensions, uniting the others with it; None where channels lie along them."""
+    if any(tracer.ledger.splits(labels, d) for d in dims):
+        return None
+    narrowed = labels
+    for dim in dims:
+        narrowed = narrowed.narrow(dim, 0, 1)
+    tracer.ledger.unite(labels, narrowed)
+    return narrowed
+
+
+def _resized(labels: Tensor, dim: int, length: int) -> list[int]:
+    return [length if d == dim else n for d, n in enumerate(labels.shape)]
+
+
+def _is_padded(call: Call, weight: Weight) -> bool:
+    padding = call["padding"]
+    if isinstance(padding, str):
+        return padding != "valid" and any(n > 1 for n in weight.axes[0].shape[2:])
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Weight) and _ndim(value) == 2
+
+
+def _ndim(value: Value) -> int:
+    return value.ndim if isinstance(value, Tensor) else value.axes[0].ndim if value.axes else 0
+
+
+def _joined(arrays: Sequence[Any]) -> Any:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,120 @@
+"""What the rules share: the ledger, and the ways in which a value meets a parameter or nothing known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tying.channels.graph import Call
+from tying.channels.labels import Ledger, Value, Weight, squash, varies
+
+
+@dataclass(frozen=True)
+class Read:
+    """A contraction: which value it reads, along which axis, and the weight's labels in that order."""
+
+    call: Call
+    operand: str
+    """The name of the argument that is read."""
+    axis: int
+    labels: Tensor
+    padded: bool
+
+
+class Tracer:
+    """What the rules write to."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.readings: list[Read] = []
+
+    def spoil(self, weight: Weight, reason: str) -> None:
+        """Block every slice of a parameter that is used in a way that no rule describes."""
+        for labels in weight.axes:
+            self.ledger.block(labels, reason)
+
+    def labels(self, value: Value, call: Call, *, like: Tensor | None = None, axis: int | None = None) -> Tensor:
+        """Return a value as the labels of its elements.
+
+        A parameter's elements belong to a slice of each of its axes: the one that counts is the only one longer than
+        1, or the one along `axis`, or the one that runs as the channels of `like`.
+        """
+        if isinstance(value, Tensor):
+            return value
+        if not value.is_buffer:
+            long = [labels for labels in value.axes if any(varies(labels, d) for d in range(labels.ndim))]
+            if axis is not None:
+                long = [labels for labels in long if varies(labels, axis)]
+            elif like is not None and len(long) > 1:
+                long = [labels for labels in long if _correspond(labels, like)]
+            if len(long) == 1:
+                self.ledger.mark_made(long[0])
+                return long[0]
+        what = "the buffer" if value.is_buffer else "the parameter"
+        reason = f"{call} combines it with {what} {value.name!r}, which can't be cut with it"
+        self.spoil(value, reason)
+        shape = value.axes[0].shape if value.axes else ()
+        return self.ledger.anonymous(shape, reason)
+
+    def column(self, labels: Tensor, axis: int, reason: str) -> Tensor | None:
+        """Return one label per index of the axis, uniting what shares an index; None and blocked if channels cross."""
+        axis %= labels.ndim
+        if any(self.ledger.splits(labels, d) for d in range(labels.ndim) if d != axis):
+            self.ledger.block(labels, reason)
+            return None
+        line = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
+        self.ledger.unite(labels, spread(line, axis, labels.ndim))
+        return line
+
+    def attach(self, labels: Tensor, axis: int, vectors: Sequence[Any], call: Call) -> None:
+        """Let vectors (weight, bias, statistics) run along the axis: they make the channels."""
+        line = self.column(labels, axis, f"{call} works along another axis")
+        for vector in vectors:
+            if vector is None:
+                continue
+            along = vector.along(0) if isinstance(vector, Weight) and len(vector.axes) == 1 else None
+            if line is None or along is None:
+                self.labels(vector, call) if isinstance(vector, Tensor) else self.spoil(vector, f"{call} uses it")
+                self.ledger.block(labels, f"{call} combines it with values that can't be cut with it")
+            else:
+                self.ledger.unite(line, along)
+                self.ledger.mark_made(along)
+
+    def deny(self, call: Call, reason: str | None = None) -> Any:
+        """Block all that goes in; what comes out belongs to nobody."""
+        reason = reason or f"{call} has no rule"
+        for value in values_in(list(call.arguments.values())):
+            if isinstance(value, Weight):
+                self.spoil(value, reason)
+            else:
+                self.ledger.block(value, reason)
+        made = [
+            self.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") if isinstance(out, Tensor) else None
+            for out in call.outputs
+        ]
+        return made if isinstance(call.node.meta.get("val"), (tuple, list)) else made[0]
+
+
+def values_in(nested: Any) -> list[Value]:
+    """Return the values in nested arguments, in order."""
+    if isinstance(nested, Tensor | Weight):
+        return [nested]
+    if isinstance(nested, list | tuple):
+        return [value for item in cast(list[Any], nested) for value in values_in(item)]
+    return []
+
+
+def spread(line: Tensor, axis: int, ndim: int) -> Tensor:
+    """Return one label per index of an axis in a shape that broadcasts over the others."""
+    return line.reshape([-1 if d == axis else 1 for d in range(ndim)])
+
+
+def _correspond(left: Tensor, right: Tensor) -> bool:
+    """Whether each label of one side always meets the same label of the other."""
+    a, b = (t.reshape(-1) for t in squash(left, right))
+    pairs = torch.stack([a, b]).unique(dim=1).shape[1]
+    return pairs == len(a.unique()) == len(b.unique())
