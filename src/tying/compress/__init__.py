@@ -1,0 +1,6 @@
+"""Both stages over a user's task, by budget."""
+
+from tying.compress.run import CompressResult, compress
+from tying.compress.task import Task, load_task
+
+__all__ = ["CompressResult", "Task", "compress", "load_task"]

@@ -1,0 +1,160 @@
+"""Fits of a task, each under a seed of its own, kept in a folder so that what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as encode
+from torch import nn
+from torch.optim import Optimizer
+
+from tying.atomic import write_atomically
+from tying.compress.progress import Progress
+from tying.compress.task import Stage, Task, takes_stage
+from tying.errors import FileError, TaskError
+from tying.groups import Groups
+from tying.penalties.norms import Penalty
+from tying.train.proximal import ProximalHandle, proximal
+
+Rules = Mapping[str | tuple[str, Groups], Penalty]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained network, its accuracy on the validation split, and how it came about."""
+
+    model: nn.Module
+    accuracy: float
+    history: tuple[float, ...]
+    """The accuracy after each epoch."""
+    distance: Mapping[str, float]
+    """Parameter name → sum of its learning rates over all steps: how far a prox of strength 1 would have gone."""
+
+
+class Fits:
+    """Trains networks for one task and seed; a fit that the folder holds is read, not run."""
+
+    def __init__(self, task: Task, *, seed: int, epochs: int, folder: Path | None, progress: Progress) -> None:
+        self.task, self.seed, self.epochs, self.folder, self.progress = task, seed, epochs, folder, progress
+
+    def initial(self) -> nn.Module:
+        """Return the untrained network of this seed."""
+        self._reseed("model")
+        model = self.task.model()
+        if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TaskError(f"model(): expected an nn.Module, got {type(model).__name__}; return the network")
+        return model
+
+    def fit(self, name: str, model: nn.Module, *, stage: Stage, rules: Rules | None = None) -> Fit:
+        """Train the model in place, with the penalties of `rules` on it, or read the same fit from the folder."""
+        done = self._read(name, model)
+        if done is None:
+            done = self._run(name, model, stage, rules or {})
+            self._write(name, done)
+        self.progress.done(f"{name:<28} validation {done.accuracy:7.2%}")
+        return done
+
+    def accuracy(self, model: nn.Module, split: str = "validation") -> float:
+        """Return the task's accuracy on a split; mode and random state of the model's training are kept."""
+        training, state = model.training, torch.get_rng_state()
+        model.eval()
+        value = float(self.task.evaluate(model, split))  # pyright: ignore[reportArgumentType]
+        model.train(training)
+        torch.set_rng_state(state)
+        if not 0 <= value <= 1:
+            raise TaskError(f"evaluate(): expected an accuracy in [0, 1], got {value}; return a share, not per cent")
+        return value
+
+    def _run(self, name: str, model: nn.Module, stage: Stage, rules: Rules) -> Fit:
+        self._reseed(name)
+        history: list[float] = []
+        rates = _Rates(model)
+        handles: list[ProximalHandle] = []
+
+        def on_step(optimizer: Optimizer) -> None:
+            rates.add(optimizer)
+            if rules and not handles:
+                handles.append(proximal(optimizer, model, rules, every="epoch"))
+
+        def on_epoch(epoch: int) -> None:
+            for handle in handles:
+                handle.epoch_end()
+            history.append(self.accuracy(model))
+            self.progress.epoch(name, f"epoch {epoch + 1}/{self.epochs}  {history[-1]:.2%}{_left(model, rules)}")
+
+        options = {"stage": stage} if takes_stage(self.task) else {}
+        self.task.fit(model, epochs=self.epochs, on_step=on_step, on_epoch=on_epoch, **options)
+        for handle in handles:
+            handle.remove()
+        if not history:
+            raise TaskError("fit(): expected on_epoch(epoch) after every epoch, got no call; call it")
+        if rules and not handles:
+            raise TaskError("fit(): expected on_step(optimizer) after every step, got no call; call it")
+        return Fit(model, history[-1], tuple(history), rates.sums)
+
+    def _reseed(self, name: str) -> None:
+        value = zlib.crc32(f"{self.seed}/{name}".encode())
+        torch.manual_seed(value)
+        np.random.seed(value)  # noqa: NPY002  tasks may draw from NumPy's global state
+        seed: Callable[[int], None] | None = getattr(self.task, "seed", None)
+        if callable(seed):
+            seed(value)
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / "fits" / f"{name.replace(' ', '-')}.safetensors"
+
+    def _write(self, name: str, fit: Fit) -> None:
+        file = self._file(name)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Under safetensors' rules a tensor has one name: a tied one is written once for each.
+        tensors = {key: value.detach().clone().contiguous() for key, value in fit.model.state_dict().items()}
+        figures = {"history": fit.history, "distance": dict(fit.distance)}
+        write_atomically(file, encode(tensors, {"fit": json.dumps(figures)}))
+
+    def _read(self, name: str, model: nn.Module) -> Fit | None:
+        file = self._file(name)
+        if file is None or not file.is_file():
+            return None
+        try:
+            with safe_open(str(file), framework="pt") as opened:  # pyright: ignore[reportUnknownVariableType]
+                figures = json.loads(opened.metadata()["fit"])
+                state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
+            model.load_state_dict(state)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FileError(
+                f"{file}: expected the fit '{name}' of this task, got {error!r}; delete the folder or choose another"
+            ) from error
+        self.progress.epoch(name, "read")
+        return Fit(model, figures["history"][-1], tuple(figures["history"]), figures["distance"])
+
+
+class _Rates:
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self.sums: dict[str, float] = dict.fromkeys(self._names.values(), 0.0)
+
+    def add(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is not None:
+                    self.sums[name] += float(group["lr"])
+
+
+def _left(model: nn.Module, rules: Rules) -> str:
+    """Say how many groups of the ruled parameters are not zero yet."""
+    parameters = dict(model.named_parameters())
+    counts = [
+        (int((norms := groups.norms(parameters[name])).count_nonzero()), len(norms))
+        for name, groups in (rule if isinstance(rule, tuple) else (rule, Groups.inputs()) for rule in rules)
+    ]
+    return f"  groups {sum(c for c, _ in counts)}/{sum(n for _, n in counts)}" if counts else ""

@@ -1,0 +1,190 @@
+"""What came of it: the small network, its measures, and all that the report page shows."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tying.compress.fits import Fit
+from tying.compress.search import Attempt, Search, Source
+from tying.compress.targets import compacted_size
+from tying.compress.task import name_of
+from tying.enforce.compact import compact
+from tying.find.discover import discover
+from tying.measure import Report, measure
+from tying.penalties.norms import GrOWL
+from tying.penalties.sequences import weights
+from tying.plan import Tie, TiePlan
+from tying.report.data import Budget, Epoch, Layer, Point, ReportData, Stayed, measures, similarities
+from tying.version import __version__
+
+Kind = Literal["max_drop", "ratio", "bytes"]
+SUPPORT = 0.05
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The budget: its kind and its value."""
+
+    kind: Kind
+    value: float
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What `compress` hands back.
+
+    Attributes:
+        model: The small network, retrained, in evaluation mode.
+        plan: Which weights of the dense architecture it ties and prunes.
+        report: Its measures beside the dense network's.
+        data: All that the report page shows; `tying.report` draws it.
+        kept: Whether the budget was kept (`max_drop`: on the validation split).
+    """
+
+    model: nn.Module
+    plan: TiePlan
+    report: Report
+    data: ReportData
+    kept: bool
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def to_json(self) -> str:
+        """Return all that the report page shows, as JSON."""
+        return self.data.to_json()
+
+
+def summarise(search: Search, attempt: Attempt | None, asked: Asked) -> CompressResult:
+    """Train the controls, measure on the test split (once), and gather the figures.
+
+    Args:
+        search: With all its attempts.
+        attempt: The one that was chosen; None: no network kept the budget, and the dense one is handed back.
+        asked: The budget.
+    """
+    dense = search.dense
+    chosen = attempt or _untied(search)
+    controls = search.controls(chosen) if attempt else {}
+    small = chosen.fit.model
+    report = measure(
+        small,
+        like=dense.model,
+        example_inputs=search.example,
+        evaluate=lambda model: search.fits.accuracy(model, "test"),
+    )
+    budget = _kept(asked, report, dense.accuracy - chosen.fit.accuracy)
+    before, after = measures(report, validation=(dense.accuracy, chosen.fit.accuracy))
+    data = ReportData(
+        title=name_of(search.fits.task),
+        dense=before,
+        small=after,
+        budget=budget,
+        layers=tuple(_layer(tie, chosen.source, search) for tie in chosen.plan),
+        curve=_curve(search, chosen, controls),
+        history=_history(search, chosen),
+        stayed=_stayed(search),
+        notes=_notes(chosen, attempt is None),
+        provenance={
+            "seed": str(search.fits.seed),
+            "epochs of each fit": str(search.fits.epochs),
+            "tying": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    return CompressResult(small.eval(), chosen.plan, report, data, budget.kept)
+
+
+def _untied(search: Search) -> Attempt:
+    source = Source("no penalty", search.dense, {})
+    plan = discover(search.dense.model, search.targets, support=0.0)
+    small = compact(search.dense.model, plan, search.example)
+    fit = Fit(small, search.dense.accuracy, (), {})
+    return Attempt(source, plan, fit, compacted_size(plan, search.dense.model, search.channels))
+
+
+def _kept(asked: Asked, report: Report, drop: float) -> Budget:
+    if asked.kind == "max_drop":
+        return Budget("max_drop", asked.value, drop, drop <= asked.value + 1e-12)
+    if asked.kind == "ratio":
+        got = report.parameters / report.model.parameters
+        return Budget("ratio", asked.value, got, got >= asked.value)
+    return Budget("bytes", asked.value, report.model.bytes, report.model.bytes <= asked.value)
+
+
+def _layer(tie: Tie, source: Source, search: Search) -> Layer:
+    member = tie.members[0]
+    parameter = source.fit.model.get_parameter(member.parameter)
+    norms = member.groups.norms(parameter)
+    penalty = source.penalties.get((member.parameter, member.groups))
+    strength = 0.0 if penalty is None else penalty.strength
+    similarity, labels = similarities(member.groups.read(parameter.detach()).double().numpy(), tie.partition.labels)
+    shape = tuple(search.example.shape[1:])
+    pixels = len(shape) in (2, 3) and torch.Size(shape).numel() == len(norms) and member.groups.kind == "inputs"
+    return Layer(
+        name=member.parameter,
+        groups=member.groups.kind,
+        labels=tuple(tie.partition.labels.tolist()),
+        grid=shape if pixels else None,
+        norms=tuple(norms.tolist()),
+        weights=tuple(weights(penalty.sequence, len(norms)) * strength) if isinstance(penalty, GrOWL) else (),
+        threshold=SUPPORT * float(norms.max()),
+        similarity=similarity,
+        similarity_labels=labels,
+        penalty="none" if penalty is None else f"{type(penalty).__name__}, strength {strength:.3g}",
+    )
+
+
+def _curve(search: Search, chosen: Attempt, controls: Mapping[str, Fit]) -> tuple[Point, ...]:
+    ours = [a for a in search.attempts if a.source is chosen.source]
+    others = [a for a in search.attempts if a.source is not chosen.source]
+    points = [Point("dense", "dense", search.parameters, search.dense.accuracy)]
+    points += [Point("tied and pruned", "ours", a.size.values, a.fit.accuracy) for a in ours]
+    points += [Point(a.source.name, "control", a.size.values, a.fit.accuracy) for a in others]
+    points += [
+        Point(name, "control", sum(p.numel() for p in fit.model.parameters()), fit.accuracy)
+        for name, fit in controls.items()
+    ]
+    return tuple(points)
+
+
+def _history(search: Search, chosen: Attempt) -> tuple[Epoch, ...]:
+    stages = {"dense": search.dense, "stage one": chosen.source.fit, "stage two": chosen.fit}
+    if not chosen.source.penalties:
+        del stages["stage one"]
+    return tuple(
+        Epoch(stage, epoch, accuracy)
+        for stage, fit in stages.items()
+        for epoch, accuracy in enumerate(fit.history, start=1)
+    )
+
+
+def _stayed(search: Search) -> tuple[Stayed, ...]:
+    reasons: dict[tuple[str, str], int] = {}
+    for channel in search.channels:
+        weights_of = [s.parameter for s in channel.makers if s.parameter in search.targets]
+        if channel.blocked and weights_of:
+            key = (weights_of[0], channel.blocked)
+            reasons[key] = reasons.get(key, 0) + 1
+    return tuple(Stayed(f"{count} outputs of {name}", reason) for (name, reason), count in reasons.items())
+
+
+def _notes(chosen: Attempt, nothing: bool) -> tuple[str, ...]:
+    notes = [
+        "The validation split chose the strength and the size; the test split was looked at once, at the end. The "
+        "accuracies in the two curves are on the validation split, one seed."
+    ]
+    if nothing:
+        notes.append("No network that was tried kept the budget: the dense network is handed back as it is.")
+    elif not chosen.source.penalties:
+        notes.append(
+            "The network that won was trained without a penalty: here the structure of stage one was not worth it."
+        )
+    return tuple(notes)
