@@ -17,7 +17,7 @@ import pytest
 from made_up_result import BARE, TITLE, example
 from tying.errors import TyingError
 from tying.report import ReportData, report
-from tying.report.data import Budget, Layer
+from tying.report.data import Budget, Layer, Measures
 from tying.report.page import render
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -180,6 +180,13 @@ def test_a_page_of_almost_nothing_still_says_what_is_known(tmp_path: Path) -> No
     assert "Latency" not in html
 
 
+def test_a_page_where_nothing_was_found_says_so() -> None:
+    same = Measures(parameters=10, stored_ratio=1.0)
+    html = render(ReportData("same", same, same, Budget("ratio", 24, 1.0, kept=False)))
+    assert "No smaller network was found" in html
+    assert "times smaller" not in html
+
+
 def test_whatever_carries_the_data_can_be_reported(tmp_path: Path) -> None:
     class Result:
         data = BARE
@@ -191,7 +198,7 @@ def test_whatever_carries_the_data_can_be_reported(tmp_path: Path) -> None:
     ("budget", "words"),
     [
         (Budget("max_drop", 0.01, -0.002, True), ("at most 1.00\u202fpoints", "nothing lost", "was kept")),
-        (Budget("ratio", 24, 23.1, False), ("at least 24× smaller", "23.1× smaller", "was not kept")),
+        (Budget("ratio", 24, 23.1, False), ("at least 24× fewer parameters", "23.1× fewer:", "was not kept")),
         (Budget("bytes", 20_000, 19_500, True), ("at most 20\u202fkB", "19.5\u202fkB", "was kept")),
     ],
 )

@@ -147,6 +147,8 @@ def _data_uri(svg: bytes) -> str:
 
 def _headline(data: ReportData) -> str:
     smaller = data.small.stored_ratio or words.ratio(data.dense.parameters, data.small.parameters)
+    if smaller is not None and smaller < 1.005:
+        return "No smaller network was found"
     head = f"{words.times(smaller).replace('×', '')} times smaller"
     change = _difference(data.dense.accuracy, data.small.accuracy)
     if change is None:
@@ -162,7 +164,10 @@ def _budget(budget: Budget) -> dict[str, object]:
             f"at most {words.points(budget.asked).lstrip('+±')} of accuracy lost on the validation split",
             f"{words.points(budget.got).lstrip('+')} lost" if budget.got > 0 else "nothing lost",
         ),
-        "ratio": (f"at least {words.times(budget.asked)} smaller", f"{words.times(budget.got)} smaller"),
+        "ratio": (
+            f"at least {words.times(budget.asked)} fewer parameters",
+            f"{words.times(budget.got)} fewer",
+        ),
         "bytes": (f"a file of at most {words.size(budget.asked)}", f"{words.size(budget.got)}"),
     }[budget.kind]
     return {"asked": asked, "got": got, "kept": budget.kept}

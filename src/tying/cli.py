@@ -1,0 +1,299 @@
+"""The command line: what the public names do, without writing Python."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Generator
+from dataclasses import replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="tying",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RESULT, SMALL, PAGE = "result.json", "small.safetensors", "report.html"
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+
+
+class Status(IntEnum):
+    """How a command ends. 2, a usage error, is typer's."""
+
+    FAILED = 1
+    INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line: the entry point `tying`."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    """Make trained PyTorch networks smaller: find weights that can be equal, and store each of them once.
+
+    [bold]Start here[/bold] (no files needed; a small network on handwritten digits, in under three minutes):
+
+        tying compress
+
+    [bold]Then[/bold], with a network of your own:
+
+        tying inspect model.safetensors      what is in it already?
+        tying compress task.py --ratio 24    train it 24 times smaller
+        tying report tying-out               the page with the pictures, again
+
+    `tying COMMAND --help` says more about each.
+    """
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"tying {installed('tying')}")
+        raise typer.Exit
+
+
+@app.command(no_args_is_help=False)
+def compress(
+    task: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A Python file with model(), fit(), evaluate(), example_inputs(). Without it: scikit-learn's digits.",
+            metavar="TASK",
+            show_default=False,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="The accuracy that may be lost on the validation split: 0.003 is 0.3 points. The default, 0.003.",
+            metavar="F",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="How many times smaller: 24.", metavar="F", show_default=False)
+    ] = None,
+    bytes_: Annotated[
+        int | None,
+        typer.Option("--bytes", help="How large the file may be: 20000.", metavar="N", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same network.", metavar="N")] = 0,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Epochs of each training; the task's own number if left out.", metavar="N", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder for what is made. Run again, an interrupted run goes on from it.", metavar="DIR"),
+    ] = Path("tying-out"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a network, find what can be equal or go, and train the smaller network again.
+
+    Give one of --max-drop, --ratio and --bytes; all else is searched for, and chosen on the validation split.
+
+    In the folder --out you then have:
+
+        small.safetensors    the network, for tying.load
+        plan.safetensors     which weights are equal, for tying.TiePlan.load
+        result.json          the figures
+        report.html          the page with the pictures
+
+    [bold]Examples[/bold]
+
+        tying compress
+        tying compress task.py --max-drop 0.005
+        tying compress task.py --ratio 24 --out small-24
+    """
+    budgets = {"--max-drop": max_drop, "--ratio": ratio, "--bytes": bytes_}
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"expected one of {', '.join(budgets)}, got {' and '.join(given)}: drop one of them.")
+    if not given:
+        max_drop = 0.003
+    with _ending_cleanly(resume=out), _only_json(as_json):
+        from tying.compress import compress as run
+        from tying.compress import load_task
+
+        result = run(
+            load_task(task) if task is not None else None,
+            max_drop=max_drop,
+            ratio=ratio,
+            bytes_=bytes_,
+            seed=seed,
+            epochs=epochs,
+            out=out,
+            progress=True,
+        )
+        page = _draw(result.data, out / PAGE)
+        made = {"network": out / SMALL, "figures": out / RESULT, **({"page": page} if page else {})}
+    if as_json:
+        _print_json({**json.loads(result.to_json()), "files": {name: str(path) for name, path in made.items()}})
+        return
+    typer.echo(str(result.report))
+    for name, path in made.items():
+        typer.echo(f"{name + ':':<9} {path}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a state dict saved by torch.save.", metavar="FILE")
+    ],
+    support: Annotated[
+        float, typer.Option(help="A group is zero if its norm is at most this part of the largest.", metavar="F")
+    ] = 0.05,
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Two inputs are alike if their distance is at most this part of the norm.", metavar="F"),
+    ] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint could give: what is zero or nearly equal, and what tying it would save.
+
+    Nothing is trained, changed or run: a pickle that wants to run code is refused.
+
+    [bold]Examples[/bold]
+
+        tying inspect model.safetensors
+        tying inspect checkpoint.pt --tolerance 0.01 --json
+    """
+    with _ending_cleanly(), _only_json(as_json):
+        from tying.inspect import inspect as look
+
+        found = look(file, support=support, tolerance=tolerance)
+    typer.echo(found.to_json() if as_json else str(found))
+
+
+@app.command()
+def measure(
+    file: Annotated[Path, typer.Argument(help="A network that tying saved: small.safetensors.", metavar="FILE")],
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            help="The task it was made from. Without it: scikit-learn's digits.", metavar="TASK", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a small network beside the dense one.
+
+    Parameters, bytes, operations and time of both, and what the small one gets right on the test split.
+
+    [bold]Examples[/bold]
+
+        tying measure tying-out/small.safetensors
+        tying measure small-24/small.safetensors --task task.py --json
+    """
+    with _ending_cleanly(), _only_json(as_json):
+        from tying.compress import load_task
+        from tying.compress.digits import Digits
+        from tying.measure import measure as take
+        from tying.store import load
+
+        judge = load_task(task) if task is not None else Digits()
+        dense = judge.model()
+        small = load(file, dense)
+        report = take(small, like=dense, example_inputs=judge.example_inputs(), path=file)
+        # the dense network is not trained: only the small one is asked
+        report = replace(report, model=replace(report.model, accuracy=float(judge.evaluate(small, "test"))))
+    typer.echo(report.to_json() if as_json else str(report))
+
+
+@app.command()
+def report(
+    result: Annotated[
+        Path, typer.Argument(help="The result.json of compress, or the folder it is in.", metavar="RESULT")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page. Without it: report.html beside the result.", metavar="FILE", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the page of a result again.
+
+    It is one HTML file with the pictures inside, and asks nothing of any network: send it, or keep it.
+
+    [bold]Examples[/bold]
+
+        tying report tying-out
+        tying report tying-out/result.json --out page.html
+    """
+    with _ending_cleanly(), _only_json(as_json):
+        from tying.report import ReportData
+        from tying.report import report as draw
+
+        source = result / RESULT if result.is_dir() else result
+        page = draw(ReportData.load(source), out if out is not None else source.parent / PAGE)
+    if as_json:
+        _print_json({"page": str(page)})
+    else:
+        typer.echo(f"page: {page}")
+
+
+def _draw(data: Any, path: Path) -> Path | None:
+    """Draw the page, or say what is missing: the network is there, with or without its page."""
+    from tying.errors import TyingError
+    from tying.report import report as draw
+
+    try:
+        return draw(data, path)
+    except TyingError as error:
+        typer.secho(f"no page: {_one_line(error)}", err=True, fg=typer.colors.YELLOW)
+        return None
+
+
+@contextlib.contextmanager
+def _ending_cleanly(resume: Path | None = None) -> Generator[None]:
+    """Turn errors into one line and an exit status; an interruption into how to go on."""
+    from tying.errors import TyingError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (TyingError, OSError) as error:
+        typer.secho(f"error: {_one_line(error)}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(Status.FAILED) from error
+    except KeyboardInterrupt:
+        message = "stopped."
+        if resume is not None:
+            again = shlex.join(["tying", *sys.argv[1:]])
+            message = f"stopped. What is done is kept in {resume}; to go on, run again: {again}"
+        typer.secho(f"\n{message}", err=True, fg=typer.colors.YELLOW)
+        raise typer.Exit(Status.INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _only_json(as_json: bool) -> Generator[None]:
+    """What a task or a library prints goes to standard error while standard output belongs to the JSON."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()
