@@ -14,7 +14,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         OSError: As the system gives it; nothing is left behind.
     """
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    beside = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:  # from before the file is there: Ctrl-C comes at any time
         with beside.open("xb") as file:
             file.write(content)

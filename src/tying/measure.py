@@ -1,13 +1,12 @@
-"""What a network takes, beside the one it stands for: parameters, bytes, operations, latency, accuracy."""
+"""Measure what a network takes, beside the one it stands for: parameters, bytes, operations, latency, accuracy."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import save as encode_plainly
 from torch import Tensor, nn
 
 from tying.errors import FileError, PlanError, TyingError
+from tying.figures import BATCHES, Figures, Latency, Report, ratio
 from tying.groups import Groups
 from tying.plan import Partition, Tie, TiePlan
 from tying.state import collect
@@ -25,111 +25,7 @@ from tying.store import encode
 from tying.unique import unique_set
 
 Inputs = Tensor | tuple[Tensor, ...]
-BATCHES = (1, 256)
-
 _LEAST, _ROUNDS, _SECONDS_A_ROUND, _SECONDS = 3, 9, 0.05, 2.0
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of one forward pass on one thread: the median of the rounds and its quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def spread(self) -> float:
-        """The interquartile range, in seconds."""
-        return self.high - self.low
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What is known of one network; None where nothing was asked or can be said."""
-
-    parameters: int
-    """Numbers in its parameters, each parameter once, as `sum(p.numel() for p in model.parameters())`."""
-    values: int
-    """Unique non-zero numbers: every tie counted once, zeros not."""
-    bits: int
-    """What its parameters take when every tie is stored once (zeros counted), plus ⌈log2 K⌉ bits per label."""
-    bytes: int
-    """On disk, as `tying.save` writes it."""
-    plain_bytes: int
-    """On disk, as a `.safetensors` file of its state dict, shared tensors once."""
-    operations: int | None = None
-    """Multiply-adds of one forward pass at batch 1, from `torch.utils.flop_counter` (which counts products, so not
-    the additions that sum tied inputs)."""
-    latency: Mapping[int, Latency] | None = None
-    """By batch size."""
-    accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """A network beside the one it stands for; `str()` is a table.
-
-    With P = the numbers in all parameters of `like` (of the model itself where there is no `like`):
-    `unique` = P ÷ the model's unique non-zero numbers (the papers' figure: no labels, no zeros);
-    `stored` = bits of P ÷ bits of the model's unique set and its packed labels;
-    `file` = bytes of `like`'s plain state dict on disk ÷ bytes of the model as `tying.save` writes it.
-    A ratio whose divisor is 0 is None.
-    """
-
-    model: Figures
-    like: Figures | None
-    parameter_bits: int
-    """Bits of all parameters of `like`, or of the model."""
-
-    @property
-    def parameters(self) -> int:
-        """P: the numbers in all parameters of `like`, or of the model."""
-        return (self.like or self.model).parameters
-
-    @property
-    def values(self) -> int:
-        """The model's unique non-zero numbers."""
-        return self.model.values
-
-    @property
-    def unique(self) -> float | None:
-        """P ÷ unique non-zero numbers."""
-        return _ratio(self.parameters, self.model.values)
-
-    @property
-    def stored(self) -> float | None:
-        """Bits of P ÷ bits of the unique set with its labels."""
-        return _ratio(self.parameter_bits, self.model.bits)
-
-    @property
-    def file(self) -> float | None:
-        """Bytes of the plain file of `like` ÷ bytes of the model's file."""
-        return _ratio((self.like or self.model).plain_bytes, self.model.bytes)
-
-    def to_json(self) -> str:
-        """Return everything, ratios too, as JSON; `from_json` is the inverse."""
-        ratios = {"unique": self.unique, "stored": self.stored, "file": self.file}
-        return json.dumps({**asdict(self), "ratios": ratios}, indent=2, sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str) -> Report:
-        """Read what `to_json` gave.
-
-        Raises:
-            TyingError: If the text is something else.
-        """
-        try:
-            read = json.loads(text)
-            like = read["like"]
-            return Report(_figures(read["model"]), _figures(like) if like else None, read["parameter_bits"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TyingError(
-                f"text: expected what Report.to_json gave, got something else ({error!r}); measure again"
-            ) from error
-
-    def __str__(self) -> str:
-        return _table(self)
 
 
 @dataclass(frozen=True)
@@ -230,7 +126,7 @@ def sharing(weight: Tensor, groups: Groups, labels: ArrayLike | Partition, *, or
             "pass the numbers in the layer before it was made smaller"
         )
     kept = int(torch.count_nonzero(weight))
-    return Sharing(1 - kept / total if total else 0.0, _ratio(kept, unique), _ratio(total, unique))
+    return Sharing(1 - kept / total if total else 0.0, ratio(kept, unique), ratio(total, unique))
 
 
 def _sizes(network: nn.Module, plan: TiePlan | None, path: str | Path | None) -> Figures:
@@ -317,84 +213,3 @@ def _accuracy(evaluate: Callable[[nn.Module], float], network: nn.Module) -> flo
             f"evaluate: expected a function that gives a finite number, got {value!r}; return the accuracy"
         )
     return accuracy
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None
-
-
-def _figures(read: dict[str, Any]) -> Figures:
-    figures, latency = Figures(**read), read["latency"]
-    timed = None if latency is None else {int(batch): Latency(**each) for batch, each in latency.items()}
-    return replace(figures, latency=timed)
-
-
-def _table(report: Report) -> str:
-    model, like = report.model, report.like
-    base = like or model
-    rows = [
-        ("", "model", "like" if like else "itself, plain", "ratio"),
-        ("parameters", _count(model.parameters), _count(base.parameters), _times(base.parameters, model.parameters)),
-        (
-            "unique non-zero values",
-            _count(model.values),
-            _count(base.parameters),
-            _times(base.parameters, model.values),
-        ),
-        (
-            "stored, labels counted",
-            _size(model.bits / 8),
-            _size(report.parameter_bits / 8),
-            _times(report.parameter_bits, model.bits),
-        ),
-        ("file", _size(model.bytes), _size(base.plain_bytes), _times(base.plain_bytes, model.bytes)),
-        (
-            "operations",
-            _count(model.operations),
-            _count(like and like.operations),
-            _times(like and like.operations, model.operations),
-        ),
-    ]
-    for batch in BATCHES:
-        mine, theirs = _at(model, batch), _at(like, batch)
-        times = _times(theirs and theirs.median, mine and mine.median)
-        rows.append((f"latency, batch {batch}", _time(mine), _time(theirs), times))
-    dense = like.accuracy if like else None
-    rows.append(("accuracy", _percent(model.accuracy), _percent(dense), _points(model.accuracy, dense)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def _at(figures: Figures | None, batch: int) -> Latency | None:
-    return figures.latency.get(batch) if figures and figures.latency else None
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _times(numerator: float | None, denominator: float | None) -> str:
-    return "–" if numerator is None or not denominator else f"{numerator / denominator:.2f}×"
-
-
-def _size(value: float) -> str:
-    return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
-
-
-def _time(latency: Latency | None) -> str:
-    """The median and the interquartile range."""
-    if latency is None:
-        return "–"
-    factor, unit = (1e3, "ms") if latency.median >= 1e-3 else (1e6, "µs")
-    return f"{latency.median * factor:.3g} {unit} (±{latency.spread * factor:.2g})"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value * 100:.2f} %"
-
-
-def _points(value: float | None, base: float | None) -> str:
-    return "–" if value is None or base is None else f"{(value - base) * 100:+.2f} points"
