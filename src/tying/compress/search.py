@@ -23,7 +23,7 @@ from tying.penalties.sequences import Ramp
 from tying.plan import TiePlan
 from tying.store import encode
 
-STRENGTHS = (1.0, 2.0, 4.0)
+STRENGTHS = (0.5, 1.0, 2.0)
 """How often the prox alone would take away a layer's median group norm over the whole of stage one."""
 RAMP = Ramp(3.0)
 PROBE = 16.0
