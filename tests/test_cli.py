@@ -254,6 +254,8 @@ def test_a_finished_run_goes_on_from_its_folder(compressed: tuple[Path, Result],
     result = run("compress", task, "--ratio", 3, "--epochs", 3, "--seed", 1, "--out", out)
     assert result.exit_code == 0
     assert "accuracy" in result.stdout
+    assert "asked for at least 3× fewer parameters, got" in result.stdout
+    assert "the budget was kept" in result.stdout
     assert str(out / "report.html") in result.stdout
     assert (out / "small.safetensors").read_bytes() == before
 

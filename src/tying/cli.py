@@ -146,6 +146,9 @@ def compress(
         _print_json({**json.loads(result.to_json()), "files": {name: str(path) for name, path in made.items()}})
         return
     typer.echo(str(result.report))
+    if result.data.budget is not None:
+        colour = typer.colors.GREEN if result.kept else typer.colors.YELLOW
+        typer.secho(str(result.data.budget), fg=colour)
     for name, path in made.items():
         typer.echo(f"{name + ':':<9} {path}")
 

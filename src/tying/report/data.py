@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
+from tying.report import words
 
 if TYPE_CHECKING:
     from tying.measure import Figures, Report
@@ -70,9 +71,27 @@ class Budget:
 
     kind: Literal["max_drop", "ratio", "bytes"]
     asked: float
-    """`max_drop`: accuracy given up, in [0, 1]. `ratio`: times smaller. `bytes`: size of the file."""
+    """`max_drop`: accuracy given up, in [0, 1]. `ratio`: times fewer parameters. `bytes`: size of the file."""
     got: float
     kept: bool
+
+    def asked_in_words(self) -> str:
+        """Return what was asked, with its unit."""
+        if self.kind == "max_drop":
+            return f"at most {words.points(self.asked).lstrip('+±')} of accuracy lost on the validation split"
+        if self.kind == "ratio":
+            return f"at least {words.times(self.asked)} fewer parameters"
+        return f"a file of at most {words.size(self.asked)}"
+
+    def got_in_words(self) -> str:
+        """Return what came of it, with its unit."""
+        if self.kind == "max_drop":
+            return f"{words.points(self.got).lstrip('+')} lost" if self.got > 0 else "nothing lost"
+        return f"{words.times(self.got)} fewer" if self.kind == "ratio" else words.size(self.got)
+
+    def __str__(self) -> str:
+        verdict = "the budget was kept" if self.kept else "the budget was not kept"
+        return f"asked for {self.asked_in_words()}, got {self.got_in_words()}: {verdict}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from tying.atomic import write_atomically
 from tying.errors import TyingError
 from tying.report import words
-from tying.report.data import Budget, Layer, Measures, ReportData
+from tying.report.data import Layer, Measures, ReportData
 from tying.report.definitions import definitions
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ def render(data: ReportData) -> str:
         data=data,
         css=here.joinpath("page.css").read_text(encoding="utf-8"),
         headline=_headline(data),
-        budget=_budget(data.budget) if data.budget is not None else None,
         cards=_cards(data),
         table=table,
         definitions=notes,
@@ -156,21 +155,6 @@ def _headline(data: ReportData) -> str:
     if abs(change) < 5e-5:
         return f"{head}, at the same accuracy"
     return f"{head}, accuracy {words.points(change)}"
-
-
-def _budget(budget: Budget) -> dict[str, object]:
-    asked, got = {
-        "max_drop": (
-            f"at most {words.points(budget.asked).lstrip('+±')} of accuracy lost on the validation split",
-            f"{words.points(budget.got).lstrip('+')} lost" if budget.got > 0 else "nothing lost",
-        ),
-        "ratio": (
-            f"at least {words.times(budget.asked)} fewer parameters",
-            f"{words.times(budget.got)} fewer",
-        ),
-        "bytes": (f"a file of at most {words.size(budget.asked)}", f"{words.size(budget.got)}"),
-    }[budget.kind]
-    return {"asked": asked, "got": got, "kept": budget.kept}
 
 
 def _cards(data: ReportData) -> list[tuple[str, str, str]]:
@@ -280,7 +264,7 @@ def _section(layer: Layer) -> LayerSection:
         shared=len(shared),
         unlisted=max(0, len(shared) - MOST_TIES),
         grouping=draw_grouping(layer),
-        similarity=draw_similarity(layer) if len(layer.similarity) > 1 else None,
+        similarity=draw_similarity(layer) if shared and len(layer.similarity) > 1 else None,
         norms=draw_norms(layer) if layer.norms else None,
     )
 

@@ -11,11 +11,12 @@ from tying.report.pictures.style import Picture, Theme, picture
 
 def draw_norms(layer: Layer) -> Picture:
     """Return two panels over one rank axis: norms, with the threshold of the support, and the weights λ."""
-    norms = np.sort(np.asarray(layer.norms, dtype=np.float64))[::-1]
+    order = np.argsort(-np.asarray(layer.norms, dtype=np.float64), kind="stable")
+    norms = np.asarray(layer.norms, dtype=np.float64)[order]
     ranks = np.arange(1, len(norms) + 1)
     weights = np.asarray(layer.weights, dtype=np.float64)
     threshold = layer.threshold
-    kept = norms >= threshold if threshold is not None else np.ones(len(norms), dtype=bool)
+    kept = np.asarray(layer.labels)[order] >= 0
 
     def draw(figure: Figure, theme: Theme) -> None:
         heights = [2, 1] if len(weights) else [1]
@@ -55,8 +56,9 @@ def draw_norms(layer: Layer) -> Picture:
 
 def _alt(layer: Layer, norms: np.ndarray, kept: np.ndarray) -> str:
     words = f"Norms of the {len(norms)} {layer.groups} of {layer.name}, sorted, from {norms[0]:.3g} to {norms[-1]:.3g}"
+    words += f"; {int(kept.sum())} are kept"
     if layer.threshold is not None:
-        words += f"; {int(kept.sum())} reach the threshold {layer.threshold:.3g}"
+        words += f"; the threshold is {layer.threshold:.3g}"
     if layer.weights:
         words += f". The weights λ fall from {layer.weights[0]:.3g} to {layer.weights[-1]:.3g}"
     return words + "."

@@ -37,7 +37,7 @@ LIGHT = Theme(
     ink="#1c2430",
     muted="#5a6675",
     grid="#dfe4ea",
-    series=("#0067a8", "#c44f00", "#007a5a", "#96458a", "#7a6000"),
+    series=("#0067a8", "#c44f00", "#007a5a", "#96458a", "#7a6000", "#c2185b", "#4a5568"),
     pruned="#e4e7eb",
     alone="#ffffff",
 )
@@ -47,7 +47,7 @@ DARK = Theme(
     ink="#e8ecf1",
     muted="#a3afbd",
     grid="#333d4a",
-    series=("#62b6f0", "#ff9a52", "#3ecda3", "#e39ad4", "#e3c44d"),
+    series=("#62b6f0", "#ff9a52", "#3ecda3", "#e39ad4", "#e3c44d", "#ff7fa8", "#b7c4d3"),
     pruned="#2a323d",
     alone="#171c24",
 )

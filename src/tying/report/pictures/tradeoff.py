@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tying.report.data import Point
 from tying.report.pictures.style import Picture, Theme, picture
 
-_MARKERS = ("s", "^", "D", "v", "P")
+_MARKERS = ("s", "^", "D", "v", "P", "X")
 
 
 def draw_tradeoff(curve: tuple[Point, ...]) -> Picture:
