@@ -60,7 +60,8 @@ def measure(
         evaluate: Gives a network's accuracy, in [0, 1]; the network is in evaluation mode when it is called.
         plan: For a network that is tied in its values and stored dense, W = PW bit for bit: which values are one.
             A network whose layers keep the ties needs none.
-        latency: Whether to time the networks: in turn, on one thread, about two seconds for each batch size.
+        latency: Whether to time the networks: in turn, on one thread, about two seconds for each batch size (a network
+            that takes longer than 0.1 s: nine passes or more).
         path: The file that `save` wrote of the model, where it is written already.
 
     Returns:

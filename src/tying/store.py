@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -178,7 +179,7 @@ class _Written:
         return {"ties": ties, "provenance": dict(plan.provenance)} if ties else {}
 
     def _put(self, name: str, packed: Packed, dtype: str, shape: tuple[int, ...]) -> None:
-        self.tensors[name] = torch.tensor(list(packed.content), dtype=torch.uint8)
+        self.tensors[name] = torch.from_numpy(np.frombuffer(packed.content, dtype=np.uint8).copy())
         self.packed[name] = [packed.low, packed.bits, dtype, shape]
         self._known.setdefault(packed, name)
 
