@@ -4,180 +4,182 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from tying.channels.constants import find_constants
+from tying.channels.find import find_channels
+from tying.enforce.compare import as_double, check_equal, run
+from tying.enforce.reduction import Compaction, reduce
+from tying.enforce.surgery import place_tied_, replace_
 from tying.errors import CompactError
-from tying.nn import TiedLinear
-from tying.plan import TiePlan
+from tying.plan import Tie, TiePlan
 
-Inputs = Tensor | tuple[Tensor, ...]
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, tolerance: float = 1e-9) -> nn.Module:
-    """Return a new, smaller network that computes what `model` computes once projected on the plan.
+    """Return a new, smaller network that computes what `model` computes once it is projected on the plan.
+
+    Channels that nobody reads go, together with the units that make them; a pruned unit, whose output is then a
+    constant, goes once its readers' biases have taken the constant over; layers whose inputs are tied become tied
+    layers (`tying.nn`), which sum the inputs of each label and multiply by a small matrix. All to the fixed point. What
+    can't go stays as zeros: `plan_compaction` says what, and why. The result is always compared with the projected
+    model in float64, in evaluation mode, on the example and on random inputs of another batch size.
 
     Args:
-        model: Any dtype, device and mode; not written to.
-        plan: Ties of one member over `Groups.inputs()` or `Groups.outputs()` of linear or convolution weights.
+        model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared.
+        plan: Ties of one member: over `Groups.inputs()` of the weights of `nn.Linear` and `nn.ConvNd`, pruned and
+            tied; over `Groups.outputs()` of any parameter, pruned only.
         example_inputs: A tensor, or the tuple of tensors that `model` takes; the first dimension is the batch.
-        tolerance: Largest difference from the projected model, in float64, relative to its largest output.
+        tolerance: Largest difference from the projected model's outputs, relative to the largest of them.
 
     Returns:
-        A module with the model's dtype, device and mode, which shares no tensor with it and trains like any other.
+        A module with the model's dtype, device, mode and `requires_grad`; it shares no tensor with the model and trains
+        like any other.
 
     Raises:
-        CompactError: If the network can't be built, or computes something else.
+        CompactError: If the plan can't be compacted, nothing would be left of a layer, or the network computes
+            something else; names the parameter or the module.
         PlanError: If the plan does not fit the model.
 
     Example:
         >>> from tying.groups import Groups
-        >>> from tying.plan import Tie
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> plan = TiePlan([Tie.of("0.weight", Groups.inputs(), [0, 0, 1, -1])])
-        >>> compact(model, plan, torch.randn(2, 4))[0]
-        TiedLinear(in_features=4, out_features=3, read=3, classes=2, bias=True)
-    """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _check_compactable(model, plan)
-    reference = copy.deepcopy(model).double().eval()
-    _write(reference, plan.project(dict(reference.named_parameters())))
-    layers = _linear_chain(reference, inputs)
-    small = _shrink(copy.deepcopy(model), reference, layers, plan)
-    checked = _shrink(copy.deepcopy(model).double(), reference, layers, plan)
-    _compare(reference, checked.eval(), inputs, tolerance)
-    return small
-
-
-@dataclass
-class _Layer:
-    name: str
-    weight: Tensor
-    bias: Tensor
-    inputs: Tensor
-    read: list[int] = field(default_factory=list[int])
-    made: list[int] = field(default_factory=list[int])
-
-
-def _check_compactable(model: nn.Module, plan: TiePlan) -> None:
-    plan.check_fits(dict(model.named_parameters()))
-    modules = dict(model.named_modules())
-    for tie in plan:
-        name = tie.members[0].parameter
-        module = modules[name.rpartition(".")[0]]
-        plain = type(module) is nn.Linear and name.endswith("weight")
-        if len(tie.members) > 1 or not plain or tie.members[0].groups.kind not in ("inputs", "outputs"):
-            raise CompactError(
-                f"{tie}: expected a tie of one member over the inputs or outputs of a plain linear weight, got "
-                f"{type(module).__name__}; tie it with tie_ instead"
-            )
-
-
-def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-
-def _linear_chain(reference: nn.Module, inputs: tuple[Tensor, ...]) -> list[_Layer]:
-    """The linear layers in the order they are called, units that nobody reads or that are constant left out."""
-    seen: list[_Layer] = []
-    hooks: list[Any] = []
-    for name, module in reference.named_modules():
-        if type(module) is nn.Linear:
-
-            def note(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                linear = cast(nn.Linear, layer)
-                bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()  # pyright: ignore[reportUnnecessaryComparison]
-                seen.append(_Layer(name, linear.weight.detach().clone(), bias.clone(), args[0].detach()))
-
-            hooks.append(module.register_forward_pre_hook(note))
-    with torch.no_grad():
-        reference(*_random_like(inputs, 7))
-    for hook in hooks:
-        hook.remove()
-    for layer in seen:
-        layer.read, layer.made = list(range(layer.weight.shape[1])), list(range(layer.weight.shape[0]))
-    for _ in seen:
-        for maker, reader in itertools.pairwise(seen):
-            values = reader.inputs.reshape(-1, reader.weight.shape[1])
-            dead = (maker.weight == 0).all(1) & (values == values[0]).all(0)
-            reader.bias += reader.weight[:, dead] @ values[0, dead]
-            reader.weight[:, dead] = 0
-            unread = (reader.weight == 0).all(0)
-            maker.weight[unread] = 0
-            maker.made = reader.read = torch.nonzero(~unread).flatten().tolist()
-            if not maker.made:
-                raise CompactError(
-                    f"{maker.name}.weight: expected at least one unit that is read, got none; everything is pruned: "
-                    "weaken the penalty or keep more groups"
-                )
-    return seen
-
-
-def _shrink(model: nn.Module, reference: nn.Module, layers: list[_Layer], plan: TiePlan) -> nn.Module:
-    labels = {tie.members[0].parameter: tie.partition.labels for tie in plan if tie.members[0].groups.kind == "inputs"}
-    for layer in layers:
-        old = cast(nn.Linear, model.get_submodule(layer.name))
-        weight = layer.weight[layer.made][:, layer.read]
-        needs_bias = old.bias is not None or bool(layer.bias.any())  # pyright: ignore[reportUnnecessaryComparison]
-        new = nn.Linear(
-            len(layer.read),
-            len(layer.made),
-            needs_bias,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
+        >>> plan = TiePlan([
+        ...     Tie.of("0.weight", Groups.inputs(), [0, 0, 1, -1]),
+        ...     Tie.of("0.weight", Groups.outputs(), [0, -1, 1]),
+        ... ])
+        >>> compact(model, plan, torch.randn(2, 4))
+        Sequential(
+          (0): TiedLinear(in_features=4, out_features=2, read=3, classes=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
         )
-        with torch.no_grad():
-            new.weight.copy_(weight)
-            if needs_bias:
-                new.bias.copy_(layer.bias[layer.made])
-        tied = torch.tensor(list(labels.get(f"{layer.name}.weight", range(layer.weight.shape[1]))))[layer.read]
-        tied[(weight == 0).all(0)] = -1
-        if not bool((tied >= 0).any()):
+    """
+    inputs = _inputs(example_inputs)
+    reference, compaction = _plan(model, plan, inputs)
+    checked = _build(copy.deepcopy(model).double(), compaction)
+    check_equal(reference, checked.eval(), inputs, tolerance)
+    return _build(copy.deepcopy(model), compaction)
+
+
+def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> Compaction:
+    """Return what `compact` would do to the model, and what it could not do, with the reasons.
+
+    Args:
+        model: Not written to.
+        plan: As for `compact`.
+        example_inputs: As for `compact`.
+
+    Raises:
+        CompactError: As `compact`, all but the comparison.
+        PlanError: If the plan does not fit the model.
+
+    Example:
+        >>> from tying.groups import Groups
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.Conv2d(2, 2, 3, padding=1))
+        >>> _ = nn.init.zeros_(model[0].bias)
+        >>> plan = TiePlan([Tie.of("0.weight", Groups.outputs(), [0, -1])])
+        >>> print(plan_compaction(model, plan, torch.randn(2, 1, 8, 8)))
+        Compaction: 0 channels removed, 0 of them folded into biases
+          0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
+    """
+    return _plan(model, plan, _inputs(example_inputs))[1]
+
+
+def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Compaction]:
+    """The model projected on the plan, float64 and in evaluation mode, and what goes from it."""
+    check_compactable(model, plan)
+    reference = copy.deepcopy(model).double().eval()
+    parameters = dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, value in plan.project(parameters).items():
+            parameters[name].copy_(value)
+    given = as_double(inputs)
+    run(reference, given)  # what fails here would fail below, with less to say
+    return reference, reduce(reference, plan, find_channels(reference, given), find_constants(reference, given))
+
+
+def _build(network: nn.Module, compaction: Compaction) -> nn.Module:
+    replace_(network, compaction.tensors)
+    place_tied_(network, compaction.labels)
+    return network
+
+
+def check_compactable(model: nn.Module, plan: TiePlan) -> None:
+    """Raise unless `compact` knows what to do with the plan and the model.
+
+    Raises:
+        CompactError: Names the tie or the parameter, and points to `tie_`.
+        PlanError: If the plan does not fit the model.
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
             raise CompactError(
-                f"{layer.name}.weight: expected at least one input that is read, got none; everything is pruned: "
-                "weaken the penalty or keep more groups"
+                f"{name or 'model'}: expected plain parameters, got a parametrization of "
+                f"{', '.join(cast('nn.ModuleDict', module.parametrizations))}; call untie_ first, or "
+                "torch.nn.utils.parametrize.remove_parametrizations"
             )
-        distinct = len(set(tied.tolist()) - {-1}) == len(tied)
-        result = new if distinct else TiedLinear.from_linear(new, tied)
-        parent, _, leaf = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, result.train(old.training))
-    return model
+    parameters = dict(model.named_parameters())
+    plan.check_fits(parameters)
+    for tie in plan:
+        if reason := _not_compactable(model, tie):
+            raise CompactError(f"{tie}: expected {reason}; enforce it with tie_ instead")
+    for name, parameter in parameters.items():
+        if not bool(parameter.isfinite().all()):
+            raise CompactError(f"{name}: expected finite weights, got NaN or infinite ones; train the model again")
+    _check_memory(parameters)
 
 
-def _random_like(inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    """Deterministic random inputs of another batch size, float64 on the inputs' device."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn((batch, *x.shape[1:]), generator=generator, dtype=torch.float64).to(x.device) for x in inputs
-    )
+def _not_compactable(model: nn.Module, tie: Tie) -> str | None:
+    """What a tie should have been, and what it is; None if it compacts."""
+    member, *others = tie.members
+    if others:
+        return f"one member, got {len(tie.members)}"
+    path, _, leaf = member.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if member.groups.kind == "outputs":
+        shared = tie.partition.classes + tie.partition.pruned < len(tie.partition)
+        return "outputs that are pruned or alone, got some that are tied with each other" if shared else None
+    if member.groups.kind != "inputs":
+        return f"groups of inputs or outputs, got {member.groups}"
+    if leaf != "weight" or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"inputs of the weight of a linear or convolution layer, got {leaf!r} of {type(module).__name__}"
+    return None
 
 
-def _compare(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
-    remedy = "the model has sizes written in its forward, or does not read its layers one after the other"
-    for given in (tuple(x.double() for x in inputs), _random_like(inputs, len(inputs[0]) + 1)):
-        with torch.no_grad():
-            expected = cast(Tensor, reference(*given))
-            try:
-                got = cast(Tensor, small(*given))
-            except Exception as error:
+def _check_memory(parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse parameters that share memory without being the same object: a copy would untie them in silence.
+
+    Raises:
+        CompactError: Names both.
+    """
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            start = parameter.data_ptr()
+            end = start + (reach + 1) * parameter.element_size()
+            spans.setdefault(parameter.untyped_storage().data_ptr(), []).append((start, end, name))
+    for together in spans.values():
+        together.sort()
+        for (_, end, one), (start, _, other) in itertools.pairwise(together):
+            if start < end:
                 raise CompactError(
-                    f"model: expected a compacted network that runs, got {error}; {remedy}: tie_ it instead"
-                ) from error
-        if got.shape != expected.shape:
-            raise CompactError(
-                f"model: expected an output of shape {tuple(expected.shape)}, got {tuple(got.shape)}; {remedy}: "
-                "tie_ it instead"
-            )
-        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
-        if not difference <= tolerance:
-            raise CompactError(
-                f"model: expected equal outputs to {tolerance:g}, got a relative difference of {difference:.3g}; "
-                f"{remedy}: tie_ it instead"
-            )
+                    f"{other}: expected parameters with memory of their own, got one that shares it with {one} (a view "
+                    "of it?); share the parameter itself (a.weight = b.weight), or give each its own"
+                )
+
+
+def _inputs(example_inputs: Inputs) -> tuple[Tensor, ...]:
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kinds = ", ".join(type(x).__name__ for x in inputs)
+        raise CompactError(
+            f"example_inputs: expected a tensor or a tuple of tensors, got ({kinds}); pass what the model takes"
+        )
+    return inputs

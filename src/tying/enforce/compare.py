@@ -1,0 +1,179 @@
+"""Two networks on the same inputs: equal outputs, or the module to blame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tying.errors import CompactError
+
+_REMEDY = (
+    "a size written in a forward, as in view(-1, 256), must be taken from the input or the weights; "
+    "otherwise tie the model with tie_ instead"
+)
+
+
+def check_equal(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
+    """Raise unless both networks compute the same on the inputs and on random ones of another batch size.
+
+    The difference is the largest one between outputs, relative to the reference's largest output; NaN and infinite
+    outputs must stand at the same places.
+
+    Args:
+        reference: Float64, in evaluation mode.
+        small: Likewise.
+        inputs: What the model takes; floating-point ones are cast to float64.
+        tolerance: Largest relative difference.
+
+    Raises:
+        CompactError: Names the first module that fails or differs.
+    """
+    given = as_double(inputs)
+    expected = run(reference, given)
+    _check_same(reference, small, given, expected, tolerance)
+    other = random_like(given, len(given[0]) + 1 if given[0].dim() else 0)
+    try:
+        expected = _outputs(reference, other)
+    except Exception:
+        other = random_like(given, len(given[0]) if given[0].dim() else 0)  # the model takes one batch size only
+        expected = run(reference, other)
+    _check_same(reference, small, other, expected, tolerance)
+
+
+def as_double(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the inputs, floating-point ones in float64."""
+    return tuple(x.double() if x.is_floating_point() else x for x in inputs)
+
+
+def random_like(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """Return random inputs, the same at every call: normal numbers; integers between the given ones' extremes.
+
+    Inputs whose first dimension is that of the first input get `batch` samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    result: list[Tensor] = []
+    for x in inputs:
+        batched = x.dim() > 0 and inputs[0].dim() > 0 and len(x) == len(inputs[0])
+        shape = (batch, *x.shape[1:]) if batched else tuple(x.shape)
+        if x.is_floating_point():
+            new = torch.randn(shape, generator=generator, dtype=torch.float64)
+        elif x.dtype == torch.bool:
+            new = torch.rand(shape, generator=generator) < 0.5
+        else:
+            low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+            new = torch.randint(low, high + 1, shape, generator=generator)
+        result.append(new.to(x.device, x.dtype))
+    return tuple(result)
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the model's outputs, whatever holds them, as a flat list.
+
+    Raises:
+        CompactError: Names the module that fails.
+    """
+    entered: list[str] = []
+
+    def leave(_: str, __: object) -> None:
+        entered.pop()
+
+    with _hooks(model, entered.append, leave):
+        try:
+            return _outputs(model, inputs)
+        except Exception as error:
+            name = entered[-1] if entered else ""
+            raise CompactError(f"{name or 'model'}: expected a forward that runs, got {error}") from error
+
+
+def _check_same(
+    reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor], tolerance: float
+) -> None:
+    try:
+        got = run(small, inputs)
+    except CompactError as error:
+        raise CompactError(f"{error}, once compacted; {_REMEDY}") from error
+    worst = _difference(expected, got)
+    if not worst <= tolerance:
+        blamed = _first_to_differ(reference, small, inputs, tolerance)
+        raise CompactError(
+            f"{blamed or 'model'}: expected the outputs of the projected model to a relative difference of "
+            f"{tolerance:g}, got {worst:.3g}, once compacted; {_REMEDY}"
+        )
+
+
+def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest difference between outputs relative to the largest expected one; inf where shapes differ."""
+    if [x.shape for x in expected] != [x.shape for x in got]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        a, b = a.to(torch.float64), b.to(torch.float64)
+        same = (a == b) | (a.isnan() & b.isnan())
+        if bool(same.all()):
+            continue
+        difference = float((a - b)[~same].abs().nan_to_num(nan=float("inf")).max())
+        finite = a[a.isfinite()]
+        worst = max(worst, difference / max(float(finite.abs().max()) if finite.numel() else 0.0, 1e-300))
+    return worst
+
+
+def _first_to_differ(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> str:
+    """The first module whose output has the same shape in both networks and other values; "" if there is none."""
+    trace: list[list[tuple[str, list[Tensor]]]] = [[], []]
+    for model, steps in zip((reference, small), trace, strict=True):
+
+        def note(name: str, output: object, steps: list[tuple[str, list[Tensor]]] = steps) -> None:
+            steps.append((name, list(_flatten(output))))
+
+        with _hooks(model, lambda _: None, note):
+            _outputs(model, inputs)
+    for (name, expected), (other, got) in zip(*trace, strict=False):
+        alike = name == other and [x.shape for x in expected] == [x.shape for x in got]
+        if alike and not _difference(expected, got) <= tolerance:
+            return name
+    return ""
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    # A forward may draw random numbers: the same ones for both networks, and the user's generator stays as it is.
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [output.detach().clone() for output in _flatten(model(*inputs))]
+
+
+def _flatten(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for key in output:
+            yield from _flatten(cast(Any, output[key]))
+    elif isinstance(output, (tuple, list)):
+        for part in cast("Sequence[Any]", output):
+            yield from _flatten(part)
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, before: Callable[[str], None], after: Callable[[str, object], None]
+) -> Generator[None, None, None]:
+    """Call `before(name)` and `after(name, output)` around every module's forward."""
+    handles: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+
+        def enter(_: nn.Module, __: object, name: str = name) -> None:
+            before(name)
+
+        def leave(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            after(name, output)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

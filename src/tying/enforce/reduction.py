@@ -1,0 +1,333 @@
+"""What can go from a projected network: channels that nobody reads, constants that a bias can take over.
+
+Pure bookkeeping over float64 copies of the tensors: which indices of which axis live, what is folded into which bias,
+which labels the inputs that stay have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tying.channels.constants import Constants
+from tying.channels.find import Channel, Channels, Slice
+from tying.enforce.surgery import check_has_tied_twin, holders, names_of, owned
+from tying.errors import CompactError
+from tying.plan import Tie, TiePlan
+
+_READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something pruned, or that nobody reads, which stays as zeros."""
+
+    what: str
+    """The slice of a parameter, as `conv.weight[axis 0: 3]`."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what} stays: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What `compact` does to a model, and what it can't do, with the reasons. `print` shows it."""
+
+    removed: tuple[Channel, ...]
+    """The channels that go."""
+    folded: int
+    """How many of them were constants that the biases of their readers take over."""
+    labels: Mapping[str, list[int]]
+    """By module name: one label per input that stays, −1 = not read. These modules become tied layers."""
+    kept: tuple[Kept, ...]
+    """What could have gone and stays, as zeros."""
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """The tensors that change, by first name, float64, of their new size."""
+
+    def __str__(self) -> str:
+        lines = [f"Compaction: {len(self.removed)} channels removed, {self.folded} of them folded into biases"]
+        for name, labels in self.labels.items():
+            read = [label for label in labels if label >= 0]
+            lines.append(f"  {name}: {len(labels)} inputs, {len(read)} read, {len(set(read))} values")
+        return "\n".join([*lines, *(f"  {kept}" for kept in self.kept)])
+
+
+def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: Constants) -> Compaction:
+    """Decide what goes from a network.
+
+    Args:
+        reference: The model projected on the plan, float64. Not written to.
+        plan: What `check_compactable` let pass.
+        channels: Of the reference.
+        constants: Of the reference.
+
+    Raises:
+        CompactError: If a layer is left without units or inputs, or its inputs are tied and it has no tied twin.
+    """
+    network = _Network(reference)
+    folded, reasons = _fold(network, channels, constants)
+    removed = _remove_unread(network, channels)
+    network.check_something_is_left()
+    gone = {id(channel) for channel in removed}
+    labels, unselected = _labels(network, plan)
+    stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
+    return Compaction(
+        removed=tuple(removed),
+        folded=sum(id(channel) in gone for channel in folded),
+        labels=labels,
+        kept=(*stranded, *unselected),
+        tensors=network.changed(plan),
+    )
+
+
+class _Network:
+    """Float64 copies of a network's tensors, and which indices of their axes live."""
+
+    def __init__(self, reference: nn.Module) -> None:
+        self.model = reference
+        self.paths = {id(module): path for path, module in reference.named_modules()}
+        self._names = names_of(reference)
+        self.first = {name: names[0] for names in self._names.values() for name in names}
+        tensors = owned(reference)
+        self.values = {name: tensors[name].detach().double().clone() for name in dict.fromkeys(self.first.values())}
+        self.live = {name: [torch.ones(n, dtype=torch.bool) for n in t.shape] for name, t in self.values.items()}
+        self.written: set[str] = set()
+        self._zero: dict[tuple[str, int], Tensor] = {}
+        self._holders: dict[str, list[nn.Module]] = {}
+
+    def cut(self, name: str) -> Tensor:
+        """The tensor without what has gone."""
+        value = self.values[name]
+        for axis, live in enumerate(self.live[name]):
+            if not bool(live.all()):
+                value = value.index_select(axis, torch.nonzero(live).flatten().to(value.device))
+        return value
+
+    def zero(self, name: str, axis: int) -> Tensor:
+        """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
+        if (name, axis) not in self._zero:
+            value = self.values[name]
+            for other, live in enumerate(self.live[name]):
+                if other != axis and not bool(live.all()):
+                    value = value.index_select(other, torch.nonzero(live).flatten().to(value.device))
+            flat = value.movedim(axis, 0).reshape(value.shape[axis], -1)
+            self._zero[name, axis] = (flat == 0).all(1).cpu()
+        return self._zero[name, axis]
+
+    def unread(self, channel: Channel) -> bool:
+        """Whether every reader has zero weights for the channel."""
+        return all(bool(self.zero(s.parameter, s.axis)[list(s.indices)].all()) for s in channel.readers)
+
+    def remove(self, slices: Iterable[Slice]) -> None:
+        for part in slices:
+            self.live[part.parameter][part.axis][list(part.indices)] = False
+            self._forget(part.parameter)
+
+    def add_to_bias(self, module: nn.Module, amount: Tensor) -> None:
+        """Add to the module's bias; one that is None starts at zero and lives as the outputs of the weight do."""
+        path = self.paths[id(module)]
+        name, weight = (f"{path}.{leaf}" if path else leaf for leaf in ("bias", "weight"))
+        name = self.first.get(name, name)
+        if name not in self.values:
+            self.values[name] = torch.zeros_like(amount)
+            self.live[name] = [self.live[self.first[weight]][0]]
+        self.values[name] += amount
+        self.written.add(name)
+
+    def stop_reading(self, part: Slice, index: int) -> None:
+        """Set one index of a reader's slice to zero."""
+        self.values[part.parameter].select(part.axis, index).zero_()
+        self.written.add(part.parameter)
+        known = self.zero(part.parameter, part.axis)
+        known[index] = True
+        self._forget(part.parameter)
+        self._zero[part.parameter, part.axis] = known
+
+    def holders(self, name: str) -> list[nn.Module]:
+        """The modules that hold the tensor of this first name as their weight; empty where something else does."""
+        if name not in self._holders:
+            found = holders(self.model, name)
+            plain = all(isinstance(module, _READERS) and leaf == "weight" for module, leaf in found)
+            self._holders[name] = [module for module, _ in found] if plain else []
+        return self._holders[name]
+
+    def names(self, tensor: Tensor) -> list[str]:
+        """All the names of a tensor of the reference."""
+        return self._names[id(tensor)]
+
+    def _forget(self, name: str) -> None:
+        for key in [key for key in self._zero if key[0] == name]:
+            del self._zero[key]
+
+    def check_something_is_left(self) -> None:
+        for name, axes in self.live.items():
+            for axis, live in enumerate(axes):
+                if len(live) and not bool(live.any()):
+                    raise _everything_pruned(name, "units" if axis == 0 else "inputs")
+
+    def changed(self, plan: TiePlan) -> dict[str, Tensor]:
+        planned = {member.parameter for tie in plan for member in tie.members}
+        cut = {name for name, axes in self.live.items() if not all(bool(live.all()) for live in axes)}
+        return {name: self.cut(name) for name in self.values if name in planned | cut | self.written}
+
+
+def _everything_pruned(name: str, what: str) -> CompactError:
+    return CompactError(
+        f"{name}: expected at least one of its {what} to be left, got none: all are zero, or only feed what is zero; "
+        "prune less (a weaker penalty, a lower threshold), or take the layer out of the model"
+    )
+
+
+def _fold(network: _Network, channels: Channels, constants: Constants) -> tuple[list[Channel], dict[int, str]]:
+    """Give every constant channel to its readers' biases. Returns those, and why others can't be, by id."""
+    folded: list[Channel] = []
+    reasons: dict[int, str] = {}
+    for channel in channels:
+        if channel.blocked or not channel.readers or network.unread(channel):
+            continue
+        found = _foldable(network, channel, constants)
+        if isinstance(found, str):
+            reasons[id(channel)] = found
+            continue
+        for part, index, value in found:
+            _give_to_bias(network, part, index, value)
+        folded.append(channel)
+    return folded, reasons
+
+
+def _foldable(network: _Network, channel: Channel, constants: Constants) -> list[tuple[Slice, int, float]] | str:
+    """The constants that the channel's readers see, or why one can't be folded."""
+    found: list[tuple[Slice, int, float]] = []
+    for part in channel.readers:
+        zero = network.zero(part.parameter, part.axis)
+        for index in part.indices:
+            if bool(zero[index]):
+                continue
+            value = constants.foldable(part.parameter, part.axis, index)
+            if value is None:
+                reading = constants.readings.get((part.parameter, part.axis, index))
+                if reading is None:
+                    return f"what {part.parameter} reads of it can vary with the input"
+                return (
+                    f"its constant {reading.value:.4g} is read with zero padding by {part.parameter}"
+                    f"{_what_else_to_prune(network, channel)}"
+                )
+            if value and (reason := _no_bias(network, part)):
+                return f"its constant {value:.4g} is read by {part.parameter}, and {reason}"
+            found.append((part, index, value))
+    return found
+
+
+def _what_else_to_prune(network: _Network, channel: Channel) -> str:
+    """Which vectors (biases, BatchNorm's) make the constant."""
+    trained = dict(network.model.named_parameters())
+    vectors = [s.parameter for s in channel.makers if s.parameter in trained and trained[s.parameter].dim() == 1]
+    standing = [name for name in vectors if not bool(network.zero(name, 0)[_index(channel, name)].all())]
+    return f"; prune {', '.join(standing)} there as well" if standing else ""
+
+
+def _index(channel: Channel, name: str) -> list[int]:
+    return [index for s in channel.makers if s.parameter == name for index in s.indices]
+
+
+def _no_bias(network: _Network, part: Slice) -> str | None:
+    """Why the readers of a slice have no bias that could take a constant over, or None."""
+    readers = network.holders(part.parameter)
+    if not readers or part.axis != 1:
+        return "no linear or convolution layer reads it there, whose bias could take it over"
+    known = {id(module) for module in readers}
+    for module in readers:
+        bias = cast("nn.Parameter | None", module.bias)
+        names = [] if bias is None else network.names(bias)
+        if not {id(network.model.get_submodule(name.rpartition(".")[0])) for name in names} <= known:
+            return f"the bias that would take it over is shared: {', '.join(names)}"
+    return None
+
+
+def _give_to_bias(network: _Network, part: Slice, index: int, value: float) -> None:
+    if value:
+        weight = network.values[part.parameter]
+        amount = weight[:, index].reshape(weight.shape[0], -1).sum(1) * value
+        modules = network.holders(part.parameter)
+        held = [(module, cast("nn.Parameter | None", module.bias)) for module in modules]
+        biases = {id(module if bias is None else bias): module for module, bias in held}
+        for module in biases.values():
+            network.add_to_bias(module, amount)
+    network.stop_reading(part, index)
+
+
+def _remove_unread(network: _Network, channels: Channels) -> list[Channel]:
+    """Remove the channels that nobody reads, to the fixed point: a unit that goes no longer reads its own inputs."""
+    waiting = [channel for channel in channels if channel.readers and not channel.blocked]
+    removed: list[Channel] = []
+    while gone := [channel for channel in waiting if network.unread(channel)]:
+        for channel in gone:
+            network.remove(channel.slices)
+        removed += gone
+        ids = {id(channel) for channel in gone}
+        waiting = [channel for channel in waiting if id(channel) not in ids]
+    return removed
+
+
+def _labels(network: _Network, plan: TiePlan) -> tuple[dict[str, list[int]], list[Kept]]:
+    """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin."""
+    ties: dict[str, Tie] = {}
+    for tie in plan:
+        parameter, groups = tie.members[0].parameter, tie.members[0].groups
+        if groups.kind == "inputs" or parameter not in ties:
+            ties[parameter] = tie
+    labels: dict[str, list[int]] = {}
+    unselected: list[Kept] = []
+    for parameter, tie in ties.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf != "weight" or not isinstance(network.model.get_submodule(path), _READERS):
+            continue
+        given = _labels_left(network, parameter, tie)
+        kept = [label for label in given if label >= 0]
+        if not kept:
+            raise _everything_pruned(parameter, "inputs")
+        shared = len(set(kept)) < len(kept)
+        if not shared and len(kept) == len(given):
+            continue
+        try:
+            check_has_tied_twin(network.model, path)
+        except CompactError as error:
+            if shared:
+                raise
+            unselected.append(Kept(f"{parameter}[axis 1: {len(given) - len(kept)} zero inputs]", str(error)))
+        else:
+            labels[path] = given
+    return labels, unselected
+
+
+def _labels_left(network: _Network, parameter: str, tie: Tie) -> list[int]:
+    """One label per input that stays, −1 where its weights are zero."""
+    stays = torch.nonzero(network.live[parameter][1]).flatten()
+    tied = tie.members[0].groups.kind == "inputs"
+    labels = torch.tensor(tie.partition.labels.tolist())[stays] if tied else stays.clone()
+    labels[network.zero(parameter, 1)[stays]] = -1
+    return labels.tolist()
+
+
+def _stranded(
+    network: _Network, plan: TiePlan, channels: Channels, reasons: Mapping[int, str], gone: set[int]
+) -> Iterator[tuple[Channel, str]]:
+    """The channels that are pruned by the plan or read by nobody, and stay; with the reason."""
+    pruned: set[int] = set()
+    for tie in plan:
+        parameter, groups = tie.members[0].parameter, tie.members[0].groups
+        if groups.kind == "outputs":
+            zero = [i for i, label in enumerate(tie.partition.labels.tolist()) if label < 0]
+            pruned |= {id(channels.of(parameter, 0, index)) for index in zero}
+    for channel in channels:
+        if id(channel) in gone or not channel.makers:
+            continue
+        if id(channel) in pruned:
+            yield channel, channel.blocked or reasons.get(id(channel), "no layer reads it")
+        elif channel.blocked and channel.readers and network.unread(channel):
+            yield channel, channel.blocked
