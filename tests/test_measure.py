@@ -254,13 +254,14 @@ class Watched(nn.Module):
 def test_timed_in_turn_on_one_thread_and_everything_is_put_back() -> None:
     model, like, x = Watched(), Watched(), torch.rand(5, 3)
     like.linear.eval()
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     draws = torch.get_rng_state()
     try:
         report = measure(model, like=like, example_inputs=(x, x), evaluate=lambda network: float(network.training))
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), draws)
     assert (model.training, model.linear.training, like.training, like.linear.training) == (True, True, True, False)
     assert {(batch, training, grad) for batch, training, grad, _ in model.calls} == {
