@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import tying.inspect as room
 from tying import store
 from tying.errors import FileError, PlanError
 from tying.inspect import Findings, Inspection, inspect
@@ -134,7 +134,7 @@ def test_a_wrong_count_is_caught(twin: Callable[..., Inspection]) -> None:
 
 
 def test_a_layer_too_large_is_sampled_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MOST_COMPARED", 10)
+    monkeypatch.setattr(importlib.import_module("tying.inspect"), "MOST_COMPARED", 10)
     found = inspect({"w": torch.ones(3, 40), "v": torch.ones(3, 10)})
     first, second = found.findings
     assert (first.compared, first.sampled, first.alike_inputs) == (10, True, 9)

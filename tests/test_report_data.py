@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from made_up_result import BARE, example
 from tying.errors import FileError, PlanError
+from tying.measure import measure
+from tying.nn import TiedLinear
 from tying.report import ReportData
-from tying.report.data import Layer, similarities
+from tying.report.data import Layer, measures, similarities
 from tying.report.pictures.colours import label_colours
 
 
@@ -22,6 +26,18 @@ def test_data_come_back_as_they_were(tmp_path: Path) -> None:
         assert ReportData.from_json(data.to_json()) == data
         data.save(tmp_path / "result.json")
         assert ReportData.load(tmp_path / "result.json") == data
+
+
+def test_what_was_measured_is_what_is_shown() -> None:
+    dense, small = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(TiedLinear([0, 0, 0, 1, 1, 1, 2, -1], 4))
+    measured = measure(small, like=dense, example_inputs=torch.ones(2, 8), evaluate=lambda _: 0.5, latency=False)
+    before, after = measures(measured, validation=(0.75, 0.5))
+    assert (before.parameters, before.stored_bytes, before.accuracy, before.validation) == (36, 4 * 36, 0.5, 0.75)
+    assert (after.parameters, after.unique, after.stored_bytes) == (16, 16, 4 * 16 + 8 * 2 / 8)
+    assert (after.unique_ratio, after.stored_ratio, after.file_ratio) == (36 / 16, 144 / 66, measured.file)
+    assert (before.operations, after.operations) == (32, 12)
+    with pytest.raises(PlanError, match="report: expected a network beside"):
+        measures(measure(small, latency=False))
 
 
 def _changed(change: Any) -> str:

@@ -59,9 +59,9 @@ def about(
     `tying COMMAND --help` says more about each.
     """
     if version:
-        from importlib.metadata import version as installed
+        from tying import __version__
 
-        typer.echo(f"tying {installed('tying')}")
+        typer.echo(f"tying {__version__}")
         raise typer.Exit
 
 
@@ -127,8 +127,8 @@ def compress(
     if not given:
         max_drop = 0.003
     with _ending_cleanly(resume=out), _only_json(as_json):
-        from tying.compress import compress as run
-        from tying.compress import load_task
+        from tying import compress as run
+        from tying import load_task
 
         result = run(
             load_task(task) if task is not None else None,
@@ -177,7 +177,7 @@ def inspect(
         tying inspect checkpoint.pt --tolerance 0.01 --json
     """
     with _ending_cleanly(), _only_json(as_json):
-        from tying.inspect import inspect as look
+        from tying import inspect as look
 
         found = look(file, support=support, tolerance=tolerance)
     typer.echo(found.to_json() if as_json else str(found))
@@ -204,10 +204,9 @@ def measure(
         tying measure small-24/small.safetensors --task task.py --json
     """
     with _ending_cleanly(), _only_json(as_json):
-        from tying.compress import load_task
+        from tying import load, load_task
+        from tying import measure as take
         from tying.compress.digits import Digits
-        from tying.measure import measure as take
-        from tying.store import load
 
         judge = load_task(task) if task is not None else Digits()
         dense = judge.model()
@@ -239,8 +238,8 @@ def report(
         tying report tying-out/result.json --out page.html
     """
     with _ending_cleanly(), _only_json(as_json):
+        from tying import report as draw
         from tying.report import ReportData
-        from tying.report import report as draw
 
         source = result / RESULT if result.is_dir() else result
         page = draw(ReportData.load(source), out if out is not None else source.parent / PAGE)
@@ -252,8 +251,8 @@ def report(
 
 def _draw(data: Any, path: Path) -> Path | None:
     """Draw the page, or say what is missing: the network is there, with or without its page."""
-    from tying.errors import TyingError
-    from tying.report import report as draw
+    from tying import TyingError
+    from tying import report as draw
 
     try:
         return draw(data, path)
@@ -265,7 +264,7 @@ def _draw(data: Any, path: Path) -> Path | None:
 @contextlib.contextmanager
 def _ending_cleanly(resume: Path | None = None) -> Generator[None]:
     """Turn errors into one line and an exit status; an interruption into how to go on."""
-    from tying.errors import TyingError
+    from tying import TyingError
 
     try:
         yield
