@@ -65,42 +65,48 @@ def about(
         raise typer.Exit
 
 
+TaskFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A Python file with model(), fit(), evaluate(), example_inputs(). Without it: scikit-learn's digits.",
+        metavar="TASK",
+        show_default=False,
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="The accuracy that may be lost on the validation split: 0.003 is 0.3 points. The default, 0.003.",
+        metavar="F",
+        show_default=False,
+    ),
+]
+Ratio = Annotated[
+    float | None, typer.Option(help="How many times fewer parameters: 24.", metavar="F", show_default=False)
+]
+Bytes = Annotated[
+    int | None, typer.Option("--bytes", help="How large the file may be: 20000.", metavar="N", show_default=False)
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(help="Epochs of each training; the task's own number if left out.", metavar="N", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same network.", metavar="N")]
+Folder = Annotated[
+    Path,
+    typer.Option(help="The folder for what is made. Run again, an interrupted run goes on from it.", metavar="DIR"),
+]
+
+
 @app.command(no_args_is_help=False)
 def compress(
-    task: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A Python file with model(), fit(), evaluate(), example_inputs(). Without it: scikit-learn's digits.",
-            metavar="TASK",
-            show_default=False,
-        ),
-    ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="The accuracy that may be lost on the validation split: 0.003 is 0.3 points. The default, 0.003.",
-            metavar="F",
-            show_default=False,
-        ),
-    ] = None,
-    ratio: Annotated[
-        float | None, typer.Option(help="How many times smaller: 24.", metavar="F", show_default=False)
-    ] = None,
-    bytes_: Annotated[
-        int | None,
-        typer.Option("--bytes", help="How large the file may be: 20000.", metavar="N", show_default=False),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same network.", metavar="N")] = 0,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="Epochs of each training; the task's own number if left out.", metavar="N", show_default=False
-        ),
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(help="The folder for what is made. Run again, an interrupted run goes on from it.", metavar="DIR"),
-    ] = Path("tying-out"),
+    task: TaskFile = None,
+    max_drop: MaxDrop = None,
+    ratio: Ratio = None,
+    bytes_: Bytes = None,
+    seed: Seed = 0,
+    epochs: Epochs = None,
+    out: Folder = Path("tying-out"),
     as_json: AsJson = False,
 ) -> None:
     """Train a network, find what can be equal or go, and train the smaller network again.
@@ -144,13 +150,10 @@ def compress(
         made = {"network": out / SMALL, "figures": out / RESULT, **({"page": page} if page else {})}
     if as_json:
         _print_json({**json.loads(result.to_json()), "files": {name: str(path) for name, path in made.items()}})
-        return
-    typer.echo(str(result.report))
-    if result.data.budget is not None:
-        colour = typer.colors.GREEN if result.kept else typer.colors.YELLOW
-        typer.secho(str(result.data.budget), fg=colour)
-    for name, path in made.items():
-        typer.echo(f"{name + ':':<9} {path}")
+    else:
+        typer.echo(str(result.report))
+        typer.secho(str(result.data.budget), fg=typer.colors.GREEN if result.kept else typer.colors.YELLOW)
+        typer.echo("\n".join(f"{name + ':':<9} {path}" for name, path in made.items()))
 
 
 @app.command()
