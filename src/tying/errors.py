@@ -23,3 +23,7 @@ class FileError(TyingError):
 
 class TaskError(TyingError):
     """A task lacks what `compress` needs, or answers with something unusable."""
+
+
+class TyingWarning(UserWarning):
+    """Something works, but most likely not as wanted: the message says what to do instead."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tying.errors import PlanError
 
-_CACHED = 1 << 17
-"""Numbers worked on at once: 1 MB of float64."""
+_CACHED = 1 << 15
+"""Numbers worked on at once: 256 kB of float64."""
 
 Kind = Literal["inputs", "outputs", "filters", "elements", "whole"]
 
@@ -153,13 +153,12 @@ def group_norms(matrix: Tensor) -> Tensor:
 
 
 def _norms_of_columns(matrix: Tensor) -> Tensor:
-    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for piece in matrix.split(max(1, _CACHED // matrix.shape[1])):
-        squares = torch.square(piece.to(torch.float64))
-        left = len(squares)
-        while left > 1:  # fold the lower half onto the upper one: the same order of summation for every column
-            half = left // 2
-            squares[:half] += squares[left - half : left]
-            left -= half
-        total += squares[0]
-    return total.sqrt_()
+    at_once = min(len(matrix), max(1, _CACHED // matrix.shape[1]))
+    sums = torch.zeros(at_once, matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for piece in matrix.split(at_once):
+        sums[: len(piece)] += torch.square(piece.to(torch.float64))
+    while at_once > 1:  # fold the lower half onto the upper one: the same order of summation for every column
+        half = at_once // 2
+        sums[:half] += sums[at_once - half : at_once]
+        at_once -= half
+    return sums[0].sqrt()

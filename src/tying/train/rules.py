@@ -1,0 +1,167 @@
+"""Rules, as the user writes them, resolved to the parameters of a model, or refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, cast
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import Optimizer
+
+from tying.errors import PenaltyError, PlanError
+from tying.groups import Groups
+from tying.penalties.norms import Penalty
+
+Key: TypeAlias = "str | tuple[str, Groups]"
+Rules: TypeAlias = Mapping[Key, Penalty]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One parameter under one penalty."""
+
+    name: str
+    parameter: nn.Parameter
+    groups: Groups
+    penalty: Penalty
+    param_group: int
+    """The optimizer's param group that holds the parameter."""
+
+    @property
+    def key(self) -> str:
+        """Name and groups: `fc1.weight[inputs]`."""
+        return f"{self.name}[{self.groups}]"
+
+
+def resolve(rules: Rules, model: nn.Module, optimizer: Optimizer) -> list[Target]:
+    """Return what the rules ask for, in their order; a shared parameter once, under its first name.
+
+    A parameter that is frozen and in no param group is skipped when a pattern matched it.
+
+    Raises:
+        PenaltyError: Names the rule or the parameter that can't be followed, and says why.
+    """
+    if not isinstance(rules, Mapping) or not rules:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PenaltyError(
+            f"rules: expected at least one {{parameter name: penalty}}, got {rules!r}; for instance "
+            '{"fc1.weight": GrOWL(4e-3)}'
+        )
+    places = _places(optimizer)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    targets: list[Target] = []
+    for key, penalty in rules.items():
+        pattern, groups = _read_key(key, penalty)
+        found = [_target(name, names[name], groups, penalty, places, model) for name in _match(pattern, names, places)]
+        for target in found:
+            _refuse_twice(target, targets)
+            targets.append(target)
+    return targets
+
+
+def _read_key(key: Any, penalty: Any) -> tuple[str, Groups]:
+    pattern, groups = (
+        cast("tuple[Any, Any]", key) if isinstance(key, tuple) and len(key) == 2 else (key, Groups.inputs())
+    )
+    if not isinstance(pattern, str) or not isinstance(groups, Groups):
+        raise PenaltyError(
+            f"rules: expected a parameter name or (name, Groups) as key, got {key!r}; "
+            'write "fc1.weight" or ("fc1.weight", Groups.outputs())'
+        )
+    if not isinstance(penalty, Penalty) or isinstance(penalty, type):
+        raise PenaltyError(f"{pattern}: expected a penalty, got {penalty!r}; pass one, for instance GrOWL(4e-3)")
+    return pattern, groups
+
+
+def _match(pattern: str, names: dict[str, nn.Parameter], places: dict[int, int]) -> list[str]:
+    """Return the names that a rule means: one per parameter, frozen ones outside the optimizer left out."""
+    if pattern in names:
+        return [pattern]
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+        listed = close or list(names)[:10]
+        more = "" if close or len(names) <= 10 else ", …"
+        raise PenaltyError(
+            f"rules: expected a parameter's name or a pattern, got {pattern!r}, which matches none; "
+            f"{'similar names are' if close else 'the model has'}: {', '.join(listed)}{more}"
+        )
+    wanted = {id(names[name]): name for name in reversed(matched) if _trained(names[name], places)}
+    if not wanted:
+        raise PenaltyError(
+            f"rules: expected {pattern!r} to match a parameter in training, got only frozen ones "
+            f"({', '.join(matched[:10])}); unfreeze them and give them to the optimizer, or drop the rule"
+        )
+    return list(reversed(wanted.values()))
+
+
+def _trained(parameter: nn.Parameter, places: dict[int, int]) -> bool:
+    return parameter.requires_grad or id(parameter) in places
+
+
+def _target(
+    name: str, parameter: nn.Parameter, groups: Groups, penalty: Penalty, places: dict[int, int], model: nn.Module
+) -> Target:
+    if is_lazy(parameter):
+        raise PenaltyError(f"{name}: expected a parameter with a shape, got a lazy one; run the model once first")
+    if id(parameter) not in places:
+        frozen = "" if parameter.requires_grad else " (it is frozen)"
+        raise PenaltyError(
+            f"{name}: expected a parameter that this optimizer steps, got one in none of its param groups{frozen}; "
+            "add it to the optimizer, or drop the rule"
+        )
+    try:
+        reason = _why_not(model, name, groups)
+        if reason:
+            raise PenaltyError(reason)
+        penalty.prox(groups.read(parameter.detach()), 0.0)  # its dtype, its values, explicit weights' number
+    except (PenaltyError, PlanError) as error:
+        raise PenaltyError(f"{name}: {error}") from error
+    return Target(name, parameter, groups, penalty, places[id(parameter)])
+
+
+def _refuse_twice(target: Target, targets: list[Target]) -> None:
+    for other in targets:
+        if other.parameter is target.parameter and other.groups == target.groups:
+            shared = "" if other.name == target.name else f", which is the same parameter as {other.name}"
+            raise PenaltyError(
+                f"{target.name}: expected one penalty on its {target.groups}, got several{shared}; keep one of them"
+            )
+
+
+def _places(optimizer: Optimizer) -> dict[int, int]:
+    """Return the param group of each parameter, by identity."""
+    for index, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise PenaltyError(
+                f"optimizer: expected a learning rate in every param group, got none in group {index}; "
+                'use an optimizer whose groups have "lr": it is the step size of the prox'
+            )
+    return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def _why_not(model: nn.Module, name: str, groups: Groups) -> str | None:
+    """Return why dimension 0 or 1 of a parameter is not what `groups` takes it for, or None."""
+    if groups.kind in ("elements", "whole"):
+        return None
+    module = model.get_submodule(name.rpartition(".")[0])
+    instead = "use Groups.elements() or Groups.whole()"
+    says = f"expected a parameter with {groups.kind} as groups, got {type(module).__name__}"
+    if isinstance(module, _ConvTransposeNd) and groups.kind != "filters" and not name.endswith("bias"):
+        return f"{says}, whose dimension 0 is its inputs and dimension 1 its outputs; {instead}, or Groups.filters()"
+    if isinstance(module, _ConvNd) and module.groups > 1 and groups.kind == "inputs":
+        return f"{says} with groups={module.groups}, whose dimension 1 is not the input channels; {instead}"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return f"{says}, whose dimension 0 is its entries and dimension 1 their features; {instead}"
+    if isinstance(module, nn.Bilinear) and not name.endswith("bias") and groups.kind != "outputs":
+        return f"{says}, which has two inputs; {instead}"
+    if isinstance(module, ParametrizationList):
+        return f"{says}: the weight is computed from it; remove the parametrization first"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not name.endswith("bias"):
+        return f"{says} of transformers, which stores (inputs, outputs); {instead}, or replace it with nn.Linear"
+    return None
