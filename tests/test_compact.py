@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tying.channels.constants import Constants, Reading, find_constants
-from tying.channels.find import Channel, Channels, Slice, find_channels
+from tying.channels.constants import Constants, Reading, constants_of
+from tying.channels.find import Channel, Channels, Slice, channels_of
+from tying.channels.graph import Graph
 from tying.enforce.compact import compact, plan_compaction
 from tying.enforce.tie import tie_
 from tying.errors import CompactError, PlanError
@@ -432,20 +433,20 @@ def fold_without_the_activation(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Mod
     model = build("mlp, batchnorm")
     bias = model[0].bias.detach().clone()
 
-    def forgetful(reference: nn.Module, inputs: tuple[Tensor, ...]) -> Constants:
-        found = find_constants(reference, inputs)
+    def forgetful(graph: Graph, inputs: tuple[Tensor, ...]) -> Constants:
+        found = constants_of(graph, inputs)
         return Constants({(p, a, i): Reading(float(bias[i]), r.padded) for (p, a, i), r in found.readings.items()})
 
-    monkeypatch.setattr(module_under_test, "find_constants", forgetful)
+    monkeypatch.setattr(module_under_test, "constants_of", forgetful)
     return model, TiePlan([Tie.of("0.weight", Groups.outputs(), [0, 1, -1, 2, -1, 3, 4])]), floats(4, 8)
 
 
 def wrong_flatten_indices(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
     """As after a permute: the reader's inputs are taken for channel-last."""
 
-    def interleaved(reference: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
+    def interleaved(graph: Graph) -> Channels:
         channels = []
-        for channel in find_channels(reference, inputs):
+        for channel in channels_of(graph):
             readers = tuple(
                 Slice(s.parameter, s.axis, tuple(range(s.indices[0] // 4, 24, 6))) if len(s.indices) == 4 else s
                 for s in channel.readers
@@ -453,7 +454,7 @@ def wrong_flatten_indices(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, T
             channels.append(Channel(channel.makers, readers, channel.blocked))
         return Channels(tuple(channels))
 
-    monkeypatch.setattr(module_under_test, "find_channels", interleaved)
+    monkeypatch.setattr(module_under_test, "channels_of", interleaved)
     model = build("lenet")
     labels = torch.arange(24)
     labels[0::6] = -1
@@ -461,11 +462,11 @@ def wrong_flatten_indices(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, T
 
 
 def forgets_to_cut_a_reader(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
-    def blind(reference: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
-        found = find_channels(reference, inputs)
+    def blind(graph: Graph) -> Channels:
+        found = channels_of(graph)
         return Channels(tuple(Channel(c.makers, c.readers[:1], c.blocked) for c in found))
 
-    monkeypatch.setattr(module_under_test, "find_channels", blind)
+    monkeypatch.setattr(module_under_test, "channels_of", blind)
     plan = TiePlan([Tie.of("one.weight", Groups.inputs(), [-1, *range(8)])])
     return build("two heads"), plan, NETWORKS["two heads"][1]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tying.channels.constants import find_constants
-from tying.channels.find import find_channels
+from tying.channels.constants import constants_of
+from tying.channels.find import channels_of
+from tying.channels.graph import export
 from tying.enforce.compare import as_double, check_equal, run
 from tying.enforce.reduction import Compaction, reduce
 from tying.enforce.surgery import place_tied_, replace_
@@ -101,7 +102,8 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[
             parameters[name].copy_(value)
     given = as_double(inputs)
     run(reference, given)  # what fails here would fail below, with less to say
-    return reference, reduce(reference, plan, find_channels(reference, given), find_constants(reference, given))
+    graph = export(reference, given)
+    return reference, reduce(reference, plan, channels_of(graph), constants_of(graph, given))
 
 
 def _build(network: nn.Module, compaction: Compaction) -> nn.Module:
