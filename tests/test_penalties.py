@@ -93,18 +93,18 @@ def law_of_prox(name: str, dtype: torch.dtype, prox, count: int = CASES) -> None
         assert certificate.holds(TOLERANCE[dtype]), ("certificate", penalty, matrix, step, found, certificate)
         if step == 0 or strength == 0:
             assert torch.equal(found, matrix), "moved by nothing"
-        assert not (torch.signbit(found) & (found == 0)).any(), "a negative zero"
-        law_of_equals(matrix, found, one_number=name in ("lasso", "ridge", "owl"))
+        a, b = matrix.double().numpy(), found.double().numpy()
+        assert not (np.signbit(b) & (b == 0)).any(), "a negative zero"
+        law_of_equals(a, b, one_number=name in ("lasso", "ridge", "owl"))
 
 
-def law_of_equals(before: Tensor, after: Tensor, one_number: bool) -> None:
-    """Numbers of equal magnitude, or equal groups, before: equal bit for bit after."""
-    a, b = before.double().numpy(), after.double().numpy()
+def law_of_equals(a: np.ndarray, b: np.ndarray, one_number: bool) -> None:
+    """Numbers of equal magnitude, or equal groups, before (a): equal bit for bit after (b)."""
     if one_number:
         a, b = np.abs(a).reshape(-1, 1), np.abs(b).reshape(-1, 1)
     order = np.lexsort(a.T)
     equal = (a[order][1:] == a[order][:-1]).all(axis=1)
-    assert (b[order][1:] == b[order][:-1])[equal].all(), ("equal before, not after", before, after)
+    assert (b[order][1:] == b[order][:-1])[equal].all(), ("equal before, not after", a, b)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).split(".")[-1])

@@ -111,8 +111,8 @@ def sorted_l1_prox(values: Vector, thresholds: Vector) -> Vector:
     magnitudes = np.abs(values)
     order = np.argsort(magnitudes)[::-1]
     ordered = magnitudes[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    times = np.diff(starts, append=len(ordered))
+    edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
+    starts, times = edges[:-1], edges[1:] - edges[:-1]
     lowered = ordered[starts] - np.add.reduceat(thresholds, starts) / times
     fitted = cast(Vector, isotonic_regression(lowered, weights=times, increasing=False).x)
     result = np.empty_like(magnitudes)

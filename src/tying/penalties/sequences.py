@@ -208,25 +208,29 @@ def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
         values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise PenaltyError(f"sequence: expected numbers, got {given!r}; pass a flat list of weights") from error
+    right_shape = values.ndim == 1 and n in (None, len(values))
+    # A NaN fails every comparison, so the ends and the order are enough.
+    if right_shape and (values[1:] <= values[:-1]).all() and (not len(values) or np.inf > values[0] >= values[-1] >= 0):
+        return values
+    raise PenaltyError(f"sequence: {_what_is_wrong(values, n)}")
+
+
+def _what_is_wrong(values: Weights, n: int | None) -> str:
     if values.ndim != 1:
-        raise PenaltyError(f"sequence: expected a flat list of weights, got shape {values.shape}; flatten it")
-    if n is not None and len(values) != n:
-        raise PenaltyError(
-            f"sequence: expected {n} weights, one per group, got {len(values)}; pass as many as there are groups"
-        )
+        return f"expected a flat list of weights, got shape {values.shape}; flatten it"
+    if n not in (None, len(values)):
+        return f"expected {n} weights, one per group, got {len(values)}; pass as many as there are groups"
     if not np.isfinite(values).all():
         rank = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise PenaltyError(f"sequence: expected finite weights, got {values[rank]} at index {rank}; mend it")
+        return f"expected finite weights, got {values[rank]} at index {rank}; mend it"
     if (values < 0).any():
         rank = int(np.flatnonzero(values < 0)[0])
-        raise PenaltyError(f"sequence: expected weights ≥ 0, got {values[rank]} at index {rank}; raise it to 0 or more")
-    if (values[1:] > values[:-1]).any():
-        rank = int(np.flatnonzero(values[1:] > values[:-1])[0])
-        raise PenaltyError(
-            f"sequence: expected non-increasing weights, got {values[rank]} then {values[rank + 1]} at index "
-            f"{rank + 1}; sort them, largest first"
-        )
-    return values
+        return f"expected weights ≥ 0, got {values[rank]} at index {rank}; raise it to 0 or more"
+    rank = int(np.flatnonzero(values[1:] > values[:-1])[0])
+    return (
+        f"expected non-increasing weights, got {values[rank]} then {values[rank + 1]} at index {rank + 1}; "
+        "sort them, largest first"
+    )
 
 
 def _down_to_zero(n: int) -> Weights:
