@@ -161,6 +161,8 @@ def trace(graph: Graph) -> Tracer:
         if node.op == "placeholder":
             values[node] = _placeholder(graph.sources[node.name], node, ledger)
     _block_shared_memory(graph, ledger)
+    for name in graph.unread:
+        tracer.spoil(ledger.weight(name, is_buffer=False), "it feeds a computation whose result forward drops")
     for call in graph.calls(values):
         values[call.node] = apply(tracer, call)
     for node in graph.outputs():

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from tying.errors import CompactError
 
@@ -21,9 +22,10 @@ class Call:
 
     node: fx.Node
     name: str
-    """Without namespace and overload: "conv2d"."""
+    """Without namespace and overload, and without the underscore of what works in place: "conv2d", "relu"."""
     pointwise: bool
     random: bool
+    in_place: bool
     arguments: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
@@ -46,9 +48,10 @@ class Call:
         return tuple(int(size) for size in self.outputs[0].shape)
 
     @property
-    def origin(self) -> str:
-        """The function of the user's forward that the operation comes from: `chunk` becomes a `split`."""
-        return str((self.node.meta.get("torch_fn") or ("", ""))[1]).rpartition(".")[2]
+    def is_chunk(self) -> bool:
+        """Whether it cuts in equal parts, however long the axis: decomposed, `chunk` is a `split`."""
+        origin = str((self.node.meta.get("torch_fn") or ("", ""))[1]).rpartition(".")[2]
+        return "chunk" in (self.name, origin) and self.name != "slice"
 
     def run(self, swap: Callable[[Any], Any], /, **changed: Any) -> Any:
         """Run the operation with its arguments replaced: label tensors, masks or numbers in the place of values."""
@@ -61,8 +64,12 @@ class Call:
         arguments = {name: swapped(value) for name, value in {**self.arguments, **changed}.items()}
         if "device" in arguments:
             arguments["device"] = None
-        if self.name in ("view", "_unsafe_view", "reshape"):  # strides may differ from those of the model's values
+        if self.in_place:
+            arguments["self"] = arguments["self"].clone()
+        if self.name in ("view", "reshape"):  # strides may differ from those of the model's values
             return arguments["self"].reshape(self.shape)
+        if self.name == "expand":
+            return arguments["self"].expand(self.shape)
         return cast(Any, self.node.target)(**arguments)
 
 
@@ -87,7 +94,8 @@ class Graph:
     """Parameters and buffers by their first name, in the order of `state_dict`."""
     aliases: dict[str, tuple[str, ...]]
     """First name → all other names of the same tensor."""
-    parameters: frozenset[str]
+    unread: frozenset[str]
+    """Tensors that feed a computation whose result is dropped, and which the graph does not show."""
 
     def calls(self, values: dict[fx.Node, Any]) -> Iterator[Call]:
         """Go through the operations in order; the caller puts each one's value into `values`."""
@@ -112,23 +120,27 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch_export(model, inputs, strict=False).run_decompositions({})
+            whole = torch_export(model, inputs, strict=False)
+            program = whole if _is_functional(whole.graph) else whole.run_decompositions({})
         except Exception as error:
             raise CompactError(
                 f"{type(model).__name__}: expected a forward that torch.export can follow for the example inputs, got "
                 f"{type(error).__name__}: {_first_line(error)}; take control flow that depends on the data out of "
                 "forward, check the example inputs, or use tie_, which needs no graph"
             ) from error
-    tensors, aliases, parameters = _tensors(model)
+    tensors, aliases = _tensors(model)
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     kinds = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}
     sources: dict[str, Source] = {}
     for spec in program.graph_signature.input_specs:
-        kind = kinds.get(spec.kind.name, "constant")
-        name = first.get(spec.target or "", spec.target or cast(Any, spec.arg).name)
-        tensor = tensors.get(name) if kind in ("parameter", "buffer") else program.constants.get(spec.target or "")
-        sources[cast(Any, spec.arg).name] = Source(kind, name, tensor if isinstance(tensor, Tensor) else None)
-    return Graph(tuple(program.graph.nodes), sources, tensors, aliases, parameters)
+        kind, target = kinds.get(spec.kind.name, "constant"), spec.target or ""
+        placeholder = str(cast(Any, spec.arg).name)
+        name = first.get(target, target or placeholder)
+        tensor = tensors.get(name) if kind in ("parameter", "buffer") else program.constants.get(target)
+        sources[placeholder] = Source(kind, name, tensor if isinstance(tensor, Tensor) else None)
+    dropped = () if program is whole else _feeding_nothing(whole.graph)
+    unread = frozenset(sources[name].name for name in dropped) & frozenset(tensors)
+    return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread)
 
 
 @contextmanager
@@ -144,32 +156,92 @@ def _evaluating(model: nn.Module) -> Generator[None, None, None]:
             module.training = training
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]], frozenset[str]]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    every = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+def _is_functional(graph: fx.Graph) -> bool:
+    """Whether the graph can be read as it is: what works in place is pointwise, on memory with no other use later.
+
+    It is then closer to the user's forward than after decomposition: computations whose results are dropped are there,
+    and a `chunk` is a `chunk`.
+    """
+    seen: dict[int, list[fx.Node]] = {}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            return False
+        if node.op == "call_function" and node.target is not operator.getitem:
+            if not isinstance(node.target, OpOverload):
+                return False
+            schema = cast(Any, node.target)._schema
+            if schema.is_mutable:
+                memory = _memory(node)
+                alone = all(
+                    other.op != "placeholder" and max(map(order.__getitem__, other.users), default=0) <= order[node]
+                    for other in seen.get(memory or 0, [])
+                )
+                if torch.Tag.pointwise not in node.target.tags or not schema.name.endswith("_") or not alone:
+                    return False
+        if (memory := _memory(node)) is not None:
+            seen.setdefault(memory, []).append(node)
+    return True
+
+
+def _memory(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return cast(Any, value.untyped_storage())._cdata if isinstance(value, Tensor) else None
+
+
+def _feeding_nothing(graph: fx.Graph) -> set[str]:
+    """Return the placeholders behind computations whose result is dropped."""
+    waiting = [node for node in graph.nodes if _is_dropped(node)]
+    visited: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in visited:
+            visited.add(node)
+            waiting.extend(node.all_input_nodes)
+    return {node.name for node in visited if node.op == "placeholder"}
+
+
+def _is_dropped(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem or str(node.target).startswith("aten._assert"):
+        return False
+    changes = isinstance(node.target, OpOverload) and cast(Any, node.target)._schema.is_mutable
+    return not changes and not any(user.users or user.target is not operator.getitem for user in node.users)
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    every: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    every.update(model.named_buffers(remove_duplicate=False))
     order = {name: rank for rank, name in enumerate(model.state_dict(keep_vars=True))}
     names: dict[int, list[str]] = {}
     for name in sorted(every, key=lambda name: order.get(name, len(order))):
         names.setdefault(id(every[name]), []).append(name)
     tensors = {first: every[first] for first, *_ in names.values()}
     aliases = {first: tuple(others) for first, *others in names.values()}
-    return tensors, aliases, frozenset(first for first in tensors if first in parameters)
+    return tensors, aliases
+
+
+AS = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape", "type_as": "to", "_unsafe_view": "view"}
+"""What takes no more than the shape or type of its second operand, which therefore isn't one."""
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Call:
-    args = fx.map_arg(node.args, values.get)
-    kwargs = fx.map_arg(node.kwargs, values.get)
+    args = cast(Any, fx.map_arg(node.args, values.get))
+    kwargs = cast(Any, fx.map_arg(node.kwargs, values.get))
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
-        schema = cast(Any, target)._schema
-        arguments: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        arguments.update(zip((a.name for a in schema.arguments), cast(Any, args), strict=False))
-        arguments.update(cast(Any, kwargs))
-        tags: list[Any] = list(target.tags)
-        name = str(schema.name) if not str(schema.name).startswith("aten::") else str(schema.name)[len("aten::") :]
-        return Call(node, name, torch.Tag.pointwise in tags, torch.Tag.nondeterministic_seeded in tags, arguments)
-    name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-    return Call(node, name, False, False, {str(i): a for i, a in enumerate(cast(Any, args))})
+    if not isinstance(target, OpOverload):
+        name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
+        return Call(node, name, False, False, False, {str(i): a for i, a in enumerate(args)} | kwargs)
+    schema = cast(Any, target)._schema
+    arguments: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    arguments.update(zip((a.name for a in schema.arguments), args, strict=False))
+    arguments.update(kwargs)
+    name = str(schema.name).removeprefix("aten::")
+    name = name.rstrip("_") if schema.is_mutable else name
+    if name in AS:
+        name = AS[name]
+        arguments.pop("other", None)
+    pointwise, random = torch.Tag.pointwise in target.tags, torch.Tag.nondeterministic_seeded in target.tags
+    return Call(node, name, pointwise, random, bool(schema.is_mutable), arguments)
 
 
 def _first_line(error: Exception) -> str:

@@ -29,8 +29,9 @@ IDENTITIES = _names(
     "feature_alpha_dropout"
 )
 MOVES = _names(
-    "view _unsafe_view reshape flatten unflatten permute transpose t unsqueeze squeeze expand expand_as cat stack flip "
-    "repeat repeat_interleave movedim channel_shuffle pixel_shuffle pixel_unshuffle"
+    "view reshape flatten unflatten permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims "
+    "unsqueeze squeeze cat concat stack hstack vstack flip repeat repeat_interleave channel_shuffle pixel_shuffle "
+    "pixel_unshuffle"
 )
 CUTS = _names("slice select split split_with_sizes unbind chunk narrow unsafe_split")
 """Data movement at literal positions: channels lying along the cut axis would move to other positions."""
@@ -127,7 +128,7 @@ def cut(tracer: Tracer, call: Call) -> Any:
     axis = int(call["dim"] or 0) % layers[0].ndim
     if call.name in ("slice", "narrow") and tuple(layers[0].shape) == call.shape:
         return result
-    chunks = len(call.outputs) if call.origin == "chunk" and call.name != "slice" else None
+    chunks = len(call.outputs) if call.is_chunk else None
     for labels in layers:
         tracer.ledger.require_fixed(labels, axis, chunks, f"{call} cuts it at positions written in forward")
     return result
