@@ -314,3 +314,65 @@ def resampled_and_padded() -> nn.Module:
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1),
         nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 3, padding="same"),
     )  # fmt: skip
+
+
+@network(2, 3, 6, 6, free=3 + 4)
+def in_place() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        x += 1
+        kept = f.relu_(x).flatten(2)
+        y = m.second(x).relu_()
+        y.view(-1).mul_(2)
+        return m.head(y.sum((2, 3))) + m.side(kept.mean(2))
+
+    return Net(forward, first=nn.Conv2d(3, 3, 3), second=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 2), side=nn.Linear(3, 2))
+
+
+@network(2, 4, free=5, blocked=("amax",))
+def dropped_result() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.relu_(m.body(x))
+        m.side(h).amax(1)
+        return m.head(h)
+
+    return Net(forward, body=nn.Linear(4, 5), side=nn.Linear(5, 3), head=nn.Linear(5, 2))
+
+
+@network(2, 4, free=0, blocked=("whose result forward drops", "made by slice_scatter"))
+def dropped_after_decomposition() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.body(x)
+        h[:, :2] *= 2
+        m.side(h).amax(1)
+        return m.head(h)
+
+    return Net(forward, body=nn.Linear(4, 5), side=nn.Linear(5, 3), head=nn.Linear(5, 2))
+
+
+@network(2, 3, 4, free=6, blocked=("scaled_dot_product_attention",))
+def attention() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    return nn.Sequential(layer, nn.Linear(4, 2))
+
+
+@network(2, 3, 5, free=4)
+def convolved_without_batch() -> nn.Module:
+    return Net(
+        lambda m, x: m.second(f.max_pool1d(f.relu(m.first(x[0])), 2)),
+        first=nn.Conv1d(3, 4, 2),
+        second=nn.Conv1d(4, 2, 1),
+    )
+
+
+@network(2, 4, free=5 + 3)
+def products() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.addmm(m.bias, x, m.first).tanh()
+        h = torch.matmul(m.second, h.t()).t().relu()
+        return h @ m.third
+
+    model = Net(forward)
+    for name, shape in (("first", (4, 5)), ("bias", (5,)), ("second", (3, 5)), ("third", (3, 2))):
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return model

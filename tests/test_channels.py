@@ -1,171 +1,32 @@
-"""Laws of channels and constants, in float64, against what the networks do: nothing here looks at a graph."""
+"""Channels of registered and drawn networks, held to the laws; and broken rules, which must fail them."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as f
 
+from channel_laws import (
+    check_constants,
+    check_cut_is_exact,
+    check_folding,
+    check_readers_are_all,
+    law,
+    plant_dead_units,
+)
 from fuzzer import fuzzed
-from networks import NETWORKS, Network
-from tying.channels.constants import Constants, constants_of
-from tying.channels.find import Channel, Channels, Slice, channels_of
-from tying.channels.graph import export
-
-TOLERANCE = 1e-10
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        result = model(x)
-    return torch.cat([part.flatten() for part in (result if isinstance(result, tuple) else (result,))])
-
-
-def assert_equal(one: Tensor, other: Tensor, what: str) -> None:
-    assert one.shape == other.shape, what
-    assert (one - other).abs().max() <= TOLERANCE * (1 + other.abs().max()), what
-
-
-def change(model: nn.Module, slices: Sequence[Slice], seed: int | None) -> None:
-    """Set slices to zero, or to noise."""
-    tensors = model.state_dict()
-    for part in slices:
-        tensor = tensors[part.parameter]
-        index = torch.tensor(part.indices)
-        new = torch.zeros_like(tensor.index_select(part.axis, index))
-        if seed is not None:
-            new = 0.5 + torch.rand(new.shape, generator=torch.Generator().manual_seed(seed), dtype=new.dtype)
-        tensor.index_copy_(part.axis, index, new)
-
-
-def check_readers_are_all(model: nn.Module, x: Tensor, channels: Channels) -> None:
-    """Once its readers are zero, nothing depends on what makes a channel."""
-    for channel in channels:
-        if channel.blocked is None:
-            silent, disturbed = copy.deepcopy(model), copy.deepcopy(model)
-            change(disturbed, channel.makers, seed=1)
-            for each in (silent, disturbed):
-                change(each, channel.readers, seed=None)
-            assert_equal(outputs(disturbed, x), outputs(silent, x), f"{channel}")
-
-
-def removable_together(model: nn.Module, channels: Channels) -> Iterator[list[Channel]]:
-    """Each channel by itself, then every second one; never the last index of an axis."""
-    free = [channel for channel in channels if channel.blocked is None]
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for wanted in [*([channel] for channel in free), free[::2], free[1::2]]:
-        left, chosen = copy.deepcopy(shapes), list[Channel]()
-        for channel in wanted:
-            if all(len(part.indices) < left[part.parameter][part.axis] for part in channel.slices):
-                chosen.append(channel)
-                for part in channel.slices:
-                    left[part.parameter][part.axis] -= len(part.indices)
-        if chosen:
-            yield chosen
-
-
-def check_cut_is_exact(model: nn.Module, x: Tensor, channels: Channels) -> None:
-    """With readers at zero, the network with all slices cut out computes the same."""
-    for chosen in removable_together(model, channels):
-        silent = copy.deepcopy(model)
-        for channel in chosen:
-            change(silent, channel.readers, seed=None)
-        try:
-            small = outputs(cut(silent, chosen), x)
-        except RuntimeError as error:
-            raise AssertionError(f"{error}: {chosen}") from error
-        assert_equal(small, outputs(silent, x), f"{chosen}")
-
-
-def cut(model: nn.Module, chosen: Sequence[Channel]) -> nn.Module:
-    """Cut slices out of every tensor, then let the sizes follow from the shapes: a surgeon for these tests only."""
-    small = copy.deepcopy(model)
-    gone: dict[tuple[str, int], set[int]] = {}
-    for part in itertools.chain.from_iterable(channel.slices for channel in chosen):
-        for name in (part.parameter, *part.aliases):
-            gone.setdefault((name, part.axis), set()).update(part.indices)
-    tensors = small.state_dict(keep_vars=True)
-    done: set[tuple[int, int]] = set()
-    for (name, axis), indices in gone.items():
-        tensor = tensors[name]
-        if (id(tensor), axis) not in done:
-            done.add((id(tensor), axis))
-            kept = torch.tensor([i for i in range(tensor.shape[axis]) if i not in indices])
-            tensor.data = tensor.data.index_select(axis, kept)
-    for module in small.modules():
-        adapt(module)
-    return small
-
-
-def adapt(module: Any) -> None:
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = module.weight.shape[0]
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        first, second = module.weight.shape[:2]
-        if module.groups > 1:
-            module.groups = module.groups * first // (module.in_channels if module.transposed else module.out_channels)
-        one, other = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-        setattr(module, one, first)
-        setattr(module, other, second * module.groups)
-
-
-def check_constants(model: nn.Module, channels: Channels, found: Constants, shape: Sequence[int]) -> None:
-    """What is proven constant is constant over random inputs; folded into biases, the function stays."""
-    inputs = 3 * torch.randn(32, *shape[1:], dtype=torch.float64)
-    modules = dict(model.named_modules())
-    seen: dict[str, list[Tensor]] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0]))
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    ]
-    outputs(model, inputs)
-    for hook in hooks:
-        hook.remove()
-    for (parameter, axis, index), reading in found.readings.items():
-        name = parameter.rpartition(".")[0]
-        for value in (
-            seen.get(name, []) if axis == (1 if not getattr(modules[name], "transposed", False) else 0) else []
-        ):
-            dim = value.ndim - 1 - (modules[name].weight.ndim - 2)
-            assert_equal(value.select(dim, index), torch.full_like(value.select(dim, index), reading.value), parameter)
-
-
-def check_folding(model: nn.Module, found: Constants, x: Tensor) -> int:
-    """Constants taken over by biases: the weights that read them may go to zero."""
-    folded, count = copy.deepcopy(model), 0
-    for name, module in folded.named_modules():
-        plain = isinstance(module, nn.Linear) or (
-            isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 and not module.transposed
-        )
-        names = [n for n, p in folded.named_parameters(remove_duplicate=False) if p in set(module.parameters())]
-        if not plain or module.bias is None or len(names) > 2:
-            continue
-        with torch.no_grad():
-            for index in range(module.weight.shape[1]):
-                value = found.foldable(f"{name}.weight", 1, index)
-                if value is not None:
-                    count += 1
-                    module.bias += module.weight[:, index].reshape(len(module.bias), -1).sum(1) * value
-                    module.weight[:, index] = 0
-    assert_equal(outputs(folded, x), outputs(model, x), "folded")
-    return count
-
-
-def plant_dead_units(model: nn.Module, channels: Channels, every: int) -> None:
-    """Zero the weights, not the biases, that make every n-th channel."""
-    tensors = model.state_dict()
-    made = [channel for channel in channels if channel.makers]
-    for channel in made[::every]:
-        change(model, [part for part in channel.makers if tensors[part.parameter].ndim > 1], seed=None)
-
+from networks import NETWORKS, Net, Network, randomised
+from tying.channels import rules
+from tying.channels.constants import constants_of, find_constants
+from tying.channels.find import Slice, channels_of, find_channels
+from tying.channels.graph import Call, export
+from tying.channels.labels import Ledger, unique
+from tying.channels.tracer import Tracer, spread
+from tying.errors import CompactError
 
 REGISTERED = [pytest.param(network, id=name) for name, network in NETWORKS.items()]
 
@@ -191,12 +52,12 @@ def test_registered(network: Network) -> None:
         dead = copy.deepcopy(model)
         plant_dead_units(dead, channels, every)
         found = constants_of(export(dead, x), x)
-        check_constants(dead, channels, found, network.shape)
+        check_constants(dead, found, network.shape)
         if not network.literal:
             check_folding(dead, found, 3 * torch.randn(5, *network.shape[1:], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(80))
 def test_fuzzed(seed: int) -> None:
     model, x = fuzzed(seed)
     graph = export(model, x)
@@ -205,5 +66,199 @@ def test_fuzzed(seed: int) -> None:
     check_cut_is_exact(model, x, channels)
     plant_dead_units(model, channels, 2)
     found = constants_of(graph, x)
-    check_constants(model, channels, found, x.shape)
+    check_constants(model, found, x.shape)
     check_folding(model, found, 3 * torch.randn(5, *x.shape[1:], dtype=torch.float64))
+
+
+def forgetful_linear(tracer: Tracer, call: Call) -> Any:
+    """A rule that neither reads nor passes on."""
+    return spread(call["weight"].along(0), len(call.shape) - 1, len(call.shape)).expand(call.shape)
+
+
+def wrong_stride(tracer: Tracer, call: Call) -> Any:
+    return call["self"].movedim(1, -1).reshape(call.shape)
+
+
+def as_elementwise(tracer: Tracer, call: Call) -> Any:
+    return rules.pointwise(tracer, call)
+
+
+def as_batchnorm(tracer: Tracer, call: Call) -> Any:
+    tracer.attach(call["input"], call["input"].ndim - 1, [call["weight"], call["bias"]], call)
+    return call["input"]
+
+
+def as_if_ungrouped(tracer: Tracer, call: Call) -> Any:
+    """Reads the kernels' second axis as if it were all channels, as convolutions without groups do."""
+    inner, outer = call["weight"].along(1), call["weight"].along(0)
+    tracer.ledger.unite(call["input"][:, :1], inner.reshape(1, -1, 1, 1))
+    tracer.ledger.mark_read(inner)
+    tracer.ledger.mark_made(outer)
+    tracer.ledger.reads.append(unique(call["input"]))
+    return spread(outer, 1, 4).expand(call.shape)
+
+
+def mean_that_keeps(tracer: Tracer, call: Call) -> Any:
+    tracer.ledger.reads.append(unique(call["self"]))
+    return tracer.ledger.anonymous(call.shape, "mean")
+
+
+BROKEN_RULES = [
+    ("lenet", "flatten", wrong_stride),
+    ("permute_then_flatten", "flatten", wrong_stride),
+    ("softmax", "softmax", as_elementwise),
+    ("layernorm_residual", "layer_norm", as_batchnorm),
+    ("mean_of_channels", "mean", mean_that_keeps),
+]
+
+
+@pytest.mark.parametrize(("name", "operation", "rule"), BROKEN_RULES)
+def test_a_broken_rule_fails_the_laws(
+    name: str, operation: str, rule: rules.Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rules.RULES, operation, rule)
+    with pytest.raises(AssertionError):
+        law(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("sliced", "require_fixed"), ("split_unevenly", "require_fixed"), ("heads_cut_apart", "require_whole")],
+)
+def test_a_missing_check_fails_the_laws(name: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, check, lambda self, *args: None)
+    with pytest.raises(AssertionError):
+        law(name)
+
+
+def test_the_guard_turns_a_forgetful_rule_into_a_blocked_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.RULES, "linear", forgetful_linear)
+    law("lenet")
+    monkeypatch.setattr(Ledger, "require_kept", lambda self, *args: None)
+    with pytest.raises(AssertionError):
+        law("lenet")
+
+
+def test_groups_taken_for_channels_fail_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = rules.convolution
+    monkeypatch.setattr(
+        rules, "convolution", lambda t, call: as_if_ungrouped(t, call) if call["groups"] > 1 else plain(t, call)
+    )
+    with pytest.raises(AssertionError):
+        law("grouped")
+
+
+def test_a_forgotten_bias_fails_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "add_bias", lambda *args: None)
+    with pytest.raises(AssertionError):
+        law("mlp")
+
+
+def test_free_outputs_fail_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Ledger.block
+    monkeypatch.setattr(
+        Ledger, "block", lambda self, of, why: None if why == "an output of the model" else block(self, of, why)
+    )
+    with pytest.raises(AssertionError):
+        law("mlp")
+
+
+def test_readers_are_listed_in_the_order_of_the_positions() -> None:
+    channels = channels_of(export(*NETWORKS["lenet"].make()))
+    assert channels.of("4.weight", 0, 2).readers == (Slice("8.weight", 1, (8, 9, 10, 11)),)
+    channels = channels_of(export(*NETWORKS["permute_then_flatten"].make()))
+    assert channels.of("conv.bias", 0, 1).readers == (Slice("head.weight", 1, tuple(range(1, 36, 3))),)
+    channels = channels_of(export(*NETWORKS["flatten_a_concatenation"].make()))
+    assert channels.of("b.weight", 0, 0).readers == (Slice("head.weight", 1, tuple(range(36, 42))),)
+
+
+def test_a_channel_has_all_its_readers_though_blocked() -> None:
+    channels = channels_of(export(*NETWORKS["layernorm_residual"].make()))
+    channel = channels.of("embed.weight", 0, 3)
+    assert channel.blocked == "layer_norm in 'norm' normalises it together with others"
+    assert [str(part) for part in channel.readers] == ["up.weight[axis 1: 3]", "head.weight[axis 1: 3]"]
+    assert {part.parameter for part in channel.makers} >= {"embed.weight", "norm.bias", "down.bias"}
+    assert channels.of("down.weight", 0, 3) is channel
+
+
+def test_inputs_have_readers_and_no_makers() -> None:
+    channels = channels_of(export(*NETWORKS["lenet"].make()))
+    (pixel,) = channels.read_by("0.weight")
+    assert (pixel.makers, pixel.blocked) == ((), "an input of the model")
+    assert [channel.blocked for channel in channels.made_by("10.weight")] == ["an output of the model"] * 2
+    assert channels.of("0.weight", 2, 0) is None
+    assert channels.of("no such parameter", 0, 0) is None
+
+
+def test_ties_are_known_under_all_their_names() -> None:
+    channels = channels_of(export(*NETWORKS["tied_weights"].make()))
+    channel = channels.of("b.weight", 0, 1)
+    assert channel is channels.of("a.weight", 0, 1)
+    assert Slice("a.weight", 0, (1,), ("b.weight",)) in channel.slices
+    assert len(channel.slices) == len({(part.parameter, part.axis) for part in channel.slices})
+
+
+def test_memory_shared_without_being_one_tensor_blocks() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    model[2].weight = nn.Parameter(model[0].weight.detach().t())
+    channels = find_channels(model, torch.zeros(2, 3))
+    assert all("shares its memory" in str(channel.blocked) for channel in channels.made_by("0.weight"))
+
+
+def test_a_used_buffer_that_is_no_statistic_is_no_slice() -> None:
+    channels = channels_of(export(*NETWORKS["mlp_with_batchnorm"].make()))
+    names = {part.parameter for channel in channels for part in channel.slices}
+    assert "1.running_var" in names
+    assert "1.num_batches_tracked" not in names
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten())
+    model.append(nn.Linear(8, 2))
+    model[1].eval()
+    before = {name: (id(t), t.clone(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    modes = [module.training for module in model.modules()]
+    x = torch.randn(2, 1, 4, 4)
+    kept = x.clone()
+    find_channels(model, x)
+    find_constants(model, x)
+    with pytest.raises(CompactError):
+        find_channels(model, torch.randn(2, 3))
+    assert [module.training for module in model.modules()] == modes
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert (id(tensor), tensor._version) == (before[name][0], before[name][2])
+        assert torch.equal(tensor, before[name][1])
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_do_not_depend_on_the_dtype(dtype: torch.dtype) -> None:
+    for name in ("lenet", "residual"):
+        model, x = NETWORKS[name].make()
+        expected = find_channels(model, x)
+        assert find_channels(model.to(dtype), x.to(dtype)) == expected
+        assert find_channels(model.train(), x.to(dtype)) == expected
+
+
+def test_control_flow_on_data_is_refused_by_name() -> None:
+    model = Net(lambda m, x: m.a(x) if x.sum() > 0 else x, a=nn.Linear(2, 2))
+    with pytest.raises(CompactError, match=r"Net: expected a forward that torch\.export can follow.*got .*tie_"):
+        find_channels(model, torch.zeros(1, 2))
+
+
+def test_an_embedding_with_a_tied_head() -> None:
+    model = Net(
+        lambda m, i: f.linear(torch.relu(m.body(m.table(i))) + m.table(i), m.table.weight),
+        table=nn.Embedding(7, 4), body=nn.Linear(4, 4),
+    )  # fmt: skip
+    randomised(model)
+    ids = torch.randint(0, 7, (2, 3))
+    channels = find_channels(model, ids)
+    free = [channel for channel in channels if channel.blocked is None]
+    assert [str(part) for part in free[2].slices] == [
+        "table.weight[axis 1: 2]", "body.weight[axis 0: 2]", "body.bias[axis 0: 2]", "body.weight[axis 1: 2]",
+    ]  # fmt: skip
+    check_readers_are_all(model, ids, channels)
+    with torch.no_grad():
+        model.table.weight[:, 1] = 0.25
+    assert find_constants(model, ids).readings["body.weight", 1, 1].value == 0.25

@@ -1,0 +1,64 @@
+"""Constants: exact values, and broken proofs, which must fail the laws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from channel_laws import (
+    law,
+)
+from networks import Net, randomised
+from tying.channels import constants
+from tying.channels.constants import Constants, find_constants
+
+
+def test_constants_that_were_only_seen_fail_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "_varying", lambda call: [torch.zeros(1, dtype=torch.bool)] * len(call.outputs))
+    with pytest.raises(AssertionError):
+        law("mlp")
+
+
+def test_folding_across_a_zero_border_fails_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    law("lenet", folding=True)
+    monkeypatch.setattr(
+        Constants, "foldable", lambda self, *key: self.readings[key].value if key in self.readings else None
+    )
+    with pytest.raises(AssertionError):
+        law("lenet", folding=True)
+
+
+def test_the_constant_of_a_dead_unit_is_exact() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    model.append(nn.Linear(12, 2))
+    torch.manual_seed(0)
+    randomised(model)
+    norm = model[1]
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        norm.bias[1] = 2
+        norm.weight[2] = 0
+        norm.bias[2] = -1
+    readings = find_constants(model, torch.randn(2, 1, 6, 6, dtype=torch.float64)).readings
+    with torch.no_grad():
+        bias = float(
+            (model[0].bias[1] - norm.running_mean[1]) / (norm.running_var[1] + norm.eps) ** 0.5 * norm.weight[1]
+        )
+    assert {index for _, _, index in readings} == set(range(4, 12))
+    for index in range(4, 8):
+        assert readings["5.weight", 1, index].value == pytest.approx(max(0.0, bias + 2), abs=1e-14)
+        assert readings["5.weight", 1, index + 4].value == 0
+
+
+def test_a_constant_must_be_the_same_in_every_call() -> None:
+    model = Net(
+        lambda m, x: m.reader(torch.relu(m.one(x))) + m.reader(torch.relu(m.two(x))),
+        one=nn.Linear(2, 3), two=nn.Linear(2, 3), reader=nn.Linear(3, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer, values in ((model.one, (1.0, 2.0, 3.0)), (model.two, (1.0, 5.0, 3.0))):
+            layer.weight[:2] = 0
+            layer.bias[:] = torch.tensor(values)
+    readings = find_constants(model, torch.randn(2, 2)).readings
+    assert {key: reading.value for key, reading in readings.items()} == {("reader.weight", 1, 0): 1.0}
