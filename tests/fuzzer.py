@@ -143,6 +143,42 @@ def shuffle(net: Drawn, at: int) -> int:
     return net.add(*net.draw.choice(steps))
 
 
+def tokens(net: Drawn, at: int) -> int:
+    """A position-wise perceptron, or attention, over the positions of the map."""
+    c, size = channels(net, at), net.values[at].shape[2:]
+    up, down = net.part(nn.Linear(c, 5)), net.part(nn.Linear(5, c))
+    steps: list[tuple[Step, str]] = [
+        (lambda m, v: m.parts[down](torch.relu(m.parts[up](v[at].flatten(2).mT))).mT.unflatten(2, size), "tokens"),
+        (lambda m, v: v[at] + m.parts[down](m.parts[up](v[at].movedim(1, -1)).softmax(1)).movedim(-1, 1), "mixed"),
+        (lambda m, v: attend(m.parts[up](v[at].flatten(2).mT), m.parts[down]).mT.unflatten(2, size), "attend"),
+    ]
+    return net.add(*net.draw.choice(steps))
+
+
+def attend(x: Tensor, out: nn.Module) -> Tensor:
+    return out((x @ x.mT).softmax(-1) @ x)
+
+
+def in_place(net: Drawn, at: int) -> int:
+    def aliased(m: Drawn, v: list[Tensor]) -> Tensor:
+        x = v[at] * 1
+        same = x.flatten(2)
+        x.relu_()
+        return x + same.view_as(x)
+
+    steps: list[tuple[Step, str]] = [
+        (lambda m, v: f.relu_(v[at] * 2).add_(v[at]), "in place"),
+        (lambda m, v: f.hardtanh_(v[at] * 2), "in place"),
+        (aliased, "in place, aliased"),
+    ]
+    return net.add(*net.draw.choice(steps))
+
+
+def line(net: Drawn, at: int) -> int:
+    index = net.part(nn.Conv1d(channels(net, at), 3, 1))
+    return net.add(lambda m, v: m.parts[index](v[at].flatten(2)).unsqueeze(-1), "as a line")
+
+
 def block(net: Drawn, at: int) -> int:
     c = channels(net, at)
     steps: list[tuple[Step, str]] = [
@@ -176,7 +212,7 @@ def head(net: Drawn, at: int) -> int:
 
 MAPS = (
     *(convolve, convolve, convolve, normalise, normalise, activate, activate, pool, residual, join),
-    *(excite, group, enlarge, twice, gate, shuffle, shuffle, block),
+    *(excite, group, enlarge, twice, gate, shuffle, shuffle, tokens, in_place, line, block),
 )
 
 
