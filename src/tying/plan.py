@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as encode
 from torch import Tensor
 
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
 from tying.groups import Groups
+from tying.sealed import seal, unseal
 
-FORMAT = "tying.plan/1"
+KIND, VERSION = "tying.plan", 1
 
 
 class Partition:
@@ -46,7 +43,10 @@ class Partition:
     """K, the number of distinct labels, −1 left out."""
 
     def __init__(self, labels: ArrayLike) -> None:
-        array = np.asarray(labels)
+        try:
+            array = np.asarray(labels)
+        except ValueError as error:  # lists of unequal length
+            raise PlanError(f"labels: expected one integer per group, got {error}; pass a flat list") from error
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise PlanError(
                 f"labels: expected one integer per group, got an array of shape {array.shape} and dtype {array.dtype}; "
@@ -91,9 +91,13 @@ class Partition:
         return summed.index_add(0, labels, matrix.index_select(0, kept))
 
     def mean(self, matrix: Tensor) -> Tensor:
-        """Average the groups of each label: `(G, D)` → `(K, D)`."""
-        sizes = torch.as_tensor(self.sizes.copy(), device=matrix.device).to(matrix.dtype)
-        return self.reduce(matrix) / sizes[:, None]
+        """Average the groups of each label: `(G, D)` → `(K, D)`, summed in float64, in the matrix's dtype.
+
+        Groups that are equal already keep their value bit for bit (float32 and shorter).
+        """
+        wide = torch.promote_types(matrix.dtype, torch.float64)
+        sizes = torch.as_tensor(self.sizes.copy(), device=matrix.device)
+        return (self.reduce(matrix.to(wide)) / sizes[:, None]).to(matrix.dtype)
 
     def expand(self, values: Tensor) -> Tensor:
         """Give every group the value of its label, pruned groups zero: `(K, D)` → `(G, D)`."""
@@ -231,6 +235,9 @@ class TiePlan:
     def __hash__(self) -> int:
         return hash(self.ties)
 
+    def __reduce__(self) -> tuple[type[TiePlan], tuple[Sequence[Tie], dict[str, str]]]:
+        return TiePlan, (self.ties, dict(self.provenance))  # a mappingproxy can't be copied
+
     def __add__(self, other: TiePlan) -> TiePlan:
         return TiePlan((*self.ties, *other.ties), {**self.provenance, **other.provenance})
 
@@ -252,13 +259,31 @@ class TiePlan:
         Returns:
             New tensors, same shapes and dtypes, only the names that occur in the plan. Ties over different
             `Groups` of one parameter are applied one after the other (inputs and outputs commute).
+
+        Raises:
+            PlanError: If the plan does not fit the parameters, or its ties overlap in any other way: one of them
+                would undo the other.
         """
         self.check_fits(parameters)
+        self._check_commutes()
         result: dict[str, Tensor] = {}
         for tie in self.ties:
             current = {**parameters, **result}
             result.update(tie.split(tie.partition.project(tie.matrix(current)), current))
         return result
+
+    def _check_commutes(self) -> None:
+        over: dict[str, list[Tie]] = {}
+        for tie in self.ties:
+            for member in tie.members:
+                over.setdefault(member.parameter, []).append(tie)
+        for name, ties in over.items():
+            kinds = sorted(member.groups.kind for tie in ties for member in tie.members)
+            if len(ties) > 1 and kinds != ["inputs", "outputs"]:
+                raise PlanError(
+                    f"{name}: expected one tie, or one over its inputs and one over its outputs, got "
+                    f"{' and '.join(f'({tie})' for tie in ties)}; merge their labels into one tie"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as `.safetensors`: labels in the smallest integer type, names as metadata.
@@ -267,49 +292,36 @@ class TiePlan:
         """
         tensors = {f"labels.{i}": _smallest(tie.partition.labels) for i, tie in enumerate(self.ties)}
         described = [[[m.parameter, m.groups.kind] for m in tie.members] for tie in self.ties]
-        metadata = {
-            "format": FORMAT,
-            "ties": json.dumps(described),
-            "provenance": json.dumps(dict(self.provenance), sort_keys=True),
-        }
-        write_atomically(path, encode(tensors, metadata))
+        record = {"ties": described, "provenance": dict(self.provenance)}
+        write_atomically(path, seal(tensors, record, kind=KIND, version=VERSION))
 
     @staticmethod
     def load(path: str | Path) -> TiePlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            FileError: If the file is not there, is truncated or is not a plan.
+            FileError: If the file is not there, is truncated, is not a plan or was changed since.
         """
+        tensors, record = unseal(path, kind=KIND, version=VERSION, writer="TiePlan.save")
         try:
-            with safe_open(str(path), framework="numpy") as file:  # pyright: ignore[reportUnknownVariableType]
-                metadata: dict[str, str] = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise FileError(
-                        f"{path}: expected a plan ({FORMAT}), got {metadata.get('format', 'no format')!r}; "
-                        "pass a file that TiePlan.save wrote"
-                    )
-                described: list[Any] = json.loads(metadata["ties"])
-                ties = [
-                    Tie(
-                        tuple(Member(name, Groups(kind)) for name, kind in members),
-                        Partition(file.get_tensor(f"labels.{i}")),
-                    )
-                    for i, members in enumerate(described)
-                ]
-                return TiePlan(ties, json.loads(metadata["provenance"]))
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            ties = [
+                Tie(
+                    tuple(Member(name, Groups(kind)) for name, kind in members),
+                    Partition(tensors[f"labels.{i}"].numpy()),
+                )
+                for i, members in enumerate(record["ties"])
+            ]
+            return TiePlan(ties, record["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"{path}: expected a plan that TiePlan.save wrote, got {error!r}; save the plan again"
             ) from error
 
 
-def _smallest(labels: NDArray[np.int64]) -> NDArray[Any]:
+def _smallest(labels: NDArray[np.int64]) -> Tensor:
     highest = int(labels.max(initial=0))
-    for dtype in (np.int8, np.int16, np.int32):
-        if highest <= np.iinfo(dtype).max:
-            return labels.astype(dtype)
-    return labels
+    fitting = (dtype for dtype in (torch.int8, torch.int16, torch.int32) if highest <= torch.iinfo(dtype).max)
+    return torch.tensor(labels, dtype=next(fitting, torch.int64))
 
 
 def _some(names: Mapping[str, Tensor], most: int = 8) -> str:

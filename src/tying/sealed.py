@@ -34,8 +34,16 @@ def seal(tensors: Mapping[str, Tensor], record: Mapping[str, Any], *, kind: str,
     return encode(plain, {KEY: _canonical(written)})
 
 
-def unseal(path: str | Path, *, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unseal(
+    path: str | Path, *, kind: str, version: int, writer: str = "tying.save"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors (on the CPU, in their own memory) and the record of a file that `seal` wrote.
+
+    Args:
+        path: The file.
+        kind: What it has to be.
+        version: The newest layout of that kind which is understood.
+        writer: The function that writes such files, for the messages.
 
     Raises:
         FileError: If the file is not there, truncated, foreign, newer than `version`, or not as it was written;
@@ -44,24 +52,23 @@ def unseal(path: str | Path, *, kind: str, version: int) -> tuple[dict[str, Tens
     try:
         with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             metadata: dict[str, str] = file.metadata() or {}
-            record = _record(path, metadata, kind, version)
+            record = _record(path, metadata, kind, version, writer)
             # cloned: what safe_open returns lies in the mapped file, unaligned, and changes with it
             tensors: dict[str, Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FileError(
-            f"{path}: expected a file that tying.save wrote, got one that can't be read, truncated or no safetensors "
-            f"({error}); save the model again"
+            f"{path}: expected a file that {writer} wrote, got one that can't be read, truncated or no safetensors "
+            f"({error}); save it again"
         ) from error
-    _check(path, tensors, record)
+    _check(path, tensors, record, writer)
     return tensors, record
 
 
-def _record(path: str | Path, metadata: Mapping[str, str], kind: str, version: int) -> dict[str, Any]:
+def _record(path: str | Path, metadata: Mapping[str, str], kind: str, version: int, writer: str) -> dict[str, Any]:
     if KEY not in metadata:
-        found = metadata.get("format", "an ordinary safetensors file")
         raise FileError(
-            f"{path}: expected a file that tying.save wrote ({kind}/{version}), got {found!r}; "
-            "read a plan with TiePlan.load, a state dict with safetensors.torch.load_file"
+            f"{path}: expected a file that {writer} wrote ({kind}/{version}), got an ordinary safetensors file; "
+            "read it with safetensors.torch.load_file"
         )
     try:
         record = json.loads(metadata[KEY])
@@ -69,33 +76,33 @@ def _record(path: str | Path, metadata: Mapping[str, str], kind: str, version: i
         newer = int(number) > version
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(
-            f"{path}: expected the record that tying.save wrote, got one that can't be read ({error!r}); "
-            "the file was changed: save the model again"
+            f"{path}: expected the record that {writer} wrote, got one that can't be read ({error!r}); "
+            "the file was changed: save it again"
         ) from error
     if found != kind or newer:
         raise FileError(
             f"{path}: expected {kind}/{version} or older, got {record['format']}; "
-            + ("update tying to read it" if found == kind else f"pass a file of the kind {kind}")
+            + ("update tying to read it" if found == kind else f"pass a file that {writer} wrote")
         )
     return record
 
 
-def _check(path: str | Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+def _check(path: str | Path, tensors: Mapping[str, Tensor], record: dict[str, Any], writer: str) -> None:
     if record.pop("sum", None) != _sum_of(record):
         raise FileError(
-            f"{path}: expected the record that tying.save wrote, got one that was changed since; save the model again"
+            f"{path}: expected the record that {writer} wrote, got one that was changed since; save it again"
         )
     sums: dict[str, str] = record.pop("sums")
     if differing := sorted(set(sums) ^ set(tensors)):
         raise FileError(
-            f"{path}: expected the tensors that tying.save wrote, got {differing[0]!r} added or missing; "
-            "the file was changed: save the model again"
+            f"{path}: expected the tensors that {writer} wrote, got {differing[0]!r} added or missing; "
+            "the file was changed: save it again"
         )
     for name, tensor in tensors.items():
         if _sum(name, tensor) != sums[name]:
             raise FileError(
-                f"{name}: expected the tensor that tying.save wrote (sum {sums[name]}), got another "
-                f"{tensor.dtype} {tuple(tensor.shape)} in {path}; the file was changed: save the model again"
+                f"{name}: expected the tensor that {writer} wrote (sum {sums[name]}), got another "
+                f"{tensor.dtype} {tuple(tensor.shape)} in {path}; the file was changed: save it again"
             )
 
 
