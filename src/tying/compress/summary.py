@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tying.compress.fits import Fit
 from tying.compress.search import Attempt, Search, Source
@@ -16,15 +16,15 @@ from tying.compress.targets import compacted_size
 from tying.compress.task import name_of
 from tying.enforce.compact import compact
 from tying.find.discover import discover
+from tying.groups import Groups
 from tying.measure import Report, measure
 from tying.penalties.norms import GrOWL
 from tying.penalties.sequences import weights
-from tying.plan import Tie, TiePlan
+from tying.plan import Member, Tie, TiePlan
 from tying.report.data import Budget, Epoch, Layer, Point, ReportData, Stayed, measures, similarities
 from tying.version import __version__
 
 Kind = Literal["max_drop", "ratio", "bytes"]
-SUPPORT = 0.05
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def summarise(search: Search, attempt: Attempt | None, asked: Asked) -> Compress
         dense=before,
         small=after,
         budget=budget,
-        layers=tuple(_layer(tie, chosen.source, search) for tie in chosen.plan),
+        layers=tuple(_layer(tie, chosen.plan, chosen.source, search) for tie in chosen.plan),
         curve=_curve(search, chosen, controls),
         history=_history(search, chosen),
         stayed=_stayed(search),
@@ -119,13 +119,14 @@ def _kept(asked: Asked, report: Report, drop: float) -> Budget:
     return Budget("bytes", asked.value, report.model.bytes, report.model.bytes <= asked.value)
 
 
-def _layer(tie: Tie, source: Source, search: Search) -> Layer:
+def _layer(tie: Tie, plan: TiePlan, source: Source, search: Search) -> Layer:
     member = tie.members[0]
-    parameter = source.fit.model.get_parameter(member.parameter)
-    norms = member.groups.norms(parameter)
+    weight = _weight_as_read(tie, plan, source.fit.model)
+    norms = member.groups.norms(weight)
+    pruned = norms[torch.as_tensor(tie.partition.labels < 0)]
     penalty = source.penalties.get((member.parameter, member.groups))
     strength = 0.0 if penalty is None else penalty.strength
-    similarity, labels = similarities(member.groups.read(parameter.detach()).double().numpy(), tie.partition.labels)
+    similarity, labels = similarities(member.groups.read(weight).double().numpy(), tie.partition.labels)
     shape = tuple(search.example.shape[1:])
     pixels = len(shape) in (2, 3) and torch.Size(shape).numel() == len(norms) and member.groups.kind == "inputs"
     return Layer(
@@ -135,11 +136,24 @@ def _layer(tie: Tie, source: Source, search: Search) -> Layer:
         grid=shape if pixels else None,
         norms=tuple(norms.tolist()),
         weights=tuple(weights(penalty.sequence, len(norms)) * strength) if isinstance(penalty, GrOWL) else (),
-        threshold=SUPPORT * float(norms.max()),
+        threshold=float(pruned.max()) if len(pruned) else None,
         similarity=similarity,
         similarity_labels=labels,
         penalty="none" if penalty is None else f"{type(penalty).__name__}, strength {strength:.3g}",
     )
+
+
+def _weight_as_read(tie: Tie, plan: TiePlan, model: nn.Module) -> Tensor:
+    """Return the weight as `discover` read it: the inputs after what the outputs' tie pruned was set to zero."""
+    member = tie.members[0]
+    weight = model.get_parameter(member.parameter).detach()
+    outputs = Member(member.parameter, Groups.outputs())
+    for other in plan:
+        if other.members == (outputs,) and member != outputs:
+            matrix = outputs.groups.read(weight)
+            stays = torch.as_tensor(other.partition.labels >= 0)
+            weight = outputs.groups.write(matrix * stays[:, None], weight.shape)
+    return weight
 
 
 def _curve(search: Search, chosen: Attempt, controls: Mapping[str, Fit]) -> tuple[Point, ...]:

@@ -111,7 +111,7 @@ class Layer:
     weights: tuple[float, ...] = ()
     """The OWL weights λ that were applied, strength included, non-increasing, as many as labels; empty: none."""
     threshold: float | None = None
-    """Groups of a smaller norm were pruned."""
+    """The largest norm that was pruned; None: nothing was."""
     similarity: tuple[tuple[float, ...], ...] = ()
     """`S_ij = w_i·w_j / max(‖w_i‖², ‖w_j‖²)` of the groups kept, sorted by label; `similarities` makes it."""
     similarity_labels: tuple[int, ...] = ()
