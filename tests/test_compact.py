@@ -135,6 +135,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
         seq(nn.Conv2d(3, 6, 1), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.Flatten()),
         floats(2, 3, 5, 5),
     ),
+    "grouped": (
+        seq(nn.Conv1d(3, 6, 1), nn.ReLU(), nn.Conv1d(6, 9, 2, groups=3), nn.ELU(), nn.Conv1d(9, 3, 2), nn.Flatten()),
+        floats(2, 3, 5),
+    ),
     "residual": (Residual, floats(2, 5)),
     "resnet": (ResNet, floats(2, 3, 8, 8)),
     "concat": (Concat, floats(2, 3, 5)),

@@ -84,6 +84,23 @@ def test_replaced_tensors_stand_under_all_names_and_sizes_follow():
     assert isinstance(model.head.bias, nn.Parameter)
 
 
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv1d(6, 9, 3, groups=3), torch.randn(2, 6, 8)),
+        (nn.ConvTranspose1d(6, 9, 3, groups=3), torch.randn(2, 6, 8)),
+        (nn.Conv2d(3, 6, 3, groups=3), torch.randn(2, 3, 5, 5)),
+    ],
+    ids=str,
+)
+def test_whole_groups_of_a_convolution_go(layer, x):
+    expected, model = layer(x), nn.Sequential(layer)
+    ins, outs, rows = layer.in_channels // 3, layer.out_channels // 3, len(layer.weight) // 3
+    replace_(model, {"0.weight": layer.weight[rows:], "0.bias": layer.bias[outs:]})
+    torch.testing.assert_close(model(x[:, ins:]), expected[:, outs:])
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (2 * ins, 2 * outs, 2)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_architecture_is_rebuilt_from_its_json(device):
     torch.manual_seed(0)

@@ -155,6 +155,24 @@ def test_untie_leaves_other_parametrizations_alone():
     assert not parametrize.is_parametrized(model[1])
 
 
+def test_a_tie_under_another_parametrization_is_not_taken_away_with_it():
+    model = nn.Sequential(nn.Linear(3, 3))
+    tie_(model, TiePlan([Tie.of("0.weight", Groups.inputs(), [0, 0, 1])]))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    weight = model.eval()[0].weight.clone()
+    with pytest.raises(PlanError, match=r"weight: expected the tie to be its only parametrization"):
+        untie_(model)
+    assert torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize("gradient", ["sum", "mean"])
+def test_a_tied_model_is_exported(gradient):
+    model = network()
+    tie_(model, PLANS["inputs"], gradient=gradient)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()

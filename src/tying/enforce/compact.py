@@ -63,9 +63,9 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
     """
     inputs = _inputs(example_inputs)
     reference, compaction = _plan(model, plan, inputs)
-    checked = _build(copy.deepcopy(model).double(), compaction)
+    checked = _build(_copied(model).double(), compaction)
     check_equal(reference, checked.eval(), inputs, tolerance)
-    return _build(copy.deepcopy(model), compaction)
+    return _build(_copied(model), compaction)
 
 
 def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> Compaction:
@@ -95,7 +95,7 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> 
 def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Compaction]:
     """The model projected on the plan, float64 and in evaluation mode, and what goes from it."""
     check_compactable(model, plan)
-    reference = copy.deepcopy(model).double().eval()
+    reference = _copied(model).double().eval()
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
         for name, value in plan.project(parameters).items():
@@ -104,6 +104,16 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[
     run(reference, given)  # what fails here would fail below, with less to say
     graph = export(reference, given)
     return reference, reduce(reference, plan, channels_of(graph), constants_of(graph, given))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CompactError(
+            f"model: expected a model that can be copied, got {type(error).__name__}: {error}; keep what is computed "
+            "from parameters out of its attributes (as torch.nn.utils.weight_norm does not)"
+        ) from error
 
 
 def _build(network: nn.Module, compaction: Compaction) -> nn.Module:

@@ -28,15 +28,19 @@ def _bilinear(module: Any) -> dict[str, int]:
 
 def _convolution(module: Any) -> dict[str, int]:
     makes, reads = module.weight.shape[:2]
-    # Depthwise: a channel is a group, and goes with it. Otherwise the number of groups can't change.
-    depthwise = module.groups > 1 and reads == 1
-    groups = makes // (module.out_channels // module.groups) if depthwise else module.groups
+    groups = _groups(module, makes, module.out_channels)
     return {"in_channels": reads * groups, "out_channels": makes, "groups": groups}
 
 
 def _transposed(module: Any) -> dict[str, int]:
     reads, makes = module.weight.shape[:2]
-    return {"in_channels": reads, "out_channels": makes * module.groups}
+    groups = _groups(module, reads, module.in_channels)
+    return {"in_channels": reads, "out_channels": makes * groups, "groups": groups}
+
+
+def _groups(module: Any, length: int, before: int) -> int:
+    """The groups left of a convolution, from the length of its weight now and before: a group goes as a whole."""
+    return 1 if module.groups == 1 else length // (before // module.groups)
 
 
 def _norm(module: Any) -> dict[str, int]:

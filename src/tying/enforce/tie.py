@@ -76,8 +76,18 @@ def untie_(model: nn.Module) -> None:
 
     Args:
         model: Written to; a model without ties stays as it is.
+
+    Raises:
+        PlanError: If a weight got another parametrization on top of its tie. The model stays as it was.
     """
-    for module, leaf, _ in list(_tied(model)):
+    tied = list(_tied(model))
+    for module, leaf, _ in tied:
+        if len(cast(Any, module).parametrizations[leaf]) > 1:
+            raise PlanError(
+                f"{leaf}: expected the tie to be its only parametrization, got others on top of it, in {module}; "
+                "remove them first (torch.nn.utils.parametrize.remove_parametrizations takes all, the tie with them)"
+            )
+    for module, leaf, _ in tied:
         # A deep copy shares the class that holds the weight's property: deleting it there would break the original.
         shared: Any = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
@@ -139,11 +149,13 @@ class _Stage(nn.Module):
         return Partition(self.labels.cpu().numpy())
 
     def expand(self, values: Tensor) -> Tensor:
+        index = self.labels.remainder(self.classes + 1)  # pruned groups read the row of zeros, which comes last
         if self.gradient == "mean":
-            sizes = torch.bincount(self.labels[self.labels >= 0], minlength=self.classes)
-            values = cast(Tensor, _ScaledGradient.apply(values, (1 / sizes.to(values.dtype))[:, None]))
+            ones = torch.ones(len(index), dtype=torch.float64, device=index.device)
+            sizes = ones.new_zeros(self.classes + 1).index_add(0, index, ones)[:-1]
+            values = cast(Tensor, _ScaledGradient.apply(values, (1 / sizes)[:, None].to(values.dtype)))
         padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
-        return self.groups.write(padded.index_select(0, self.labels.remainder(self.classes + 1)), self.shape)
+        return self.groups.write(padded.index_select(0, index), self.shape)
 
     def mean(self, tensor: Tensor) -> Tensor:
         return self.partition.mean(self.groups.read(tensor))
