@@ -241,6 +241,27 @@ def gated() -> nn.Module:
     return Net(forward, up=nn.Linear(4, 6), down=nn.Linear(3, 2))
 
 
+@network(2, 4, free=5)
+def gated_linear_unit() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 10), nn.GLU(), nn.Linear(5, 2))
+
+
+@network(2, 1, 6, 6, free=3)
+def batchnorm_without_statistics() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)
+    )
+
+
+@network(2, 4, free=5)
+def casts() -> nn.Module:
+    return Net(
+        lambda m, x: m.head(m.body(x).to(x).contiguous().type_as(x).double()),
+        body=nn.Linear(4, 5),
+        head=nn.Linear(5, 2),
+    )
+
+
 @network(2, 4, free=0, blocked=("slice",))
 def sliced() -> nn.Module:
     return Net(lambda m, x: m.head(m.body(x)[:, 1:4]), body=nn.Linear(4, 5), head=nn.Linear(3, 2))

@@ -244,9 +244,11 @@ def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 
 
 def _scaled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
-    """Normalisation with running statistics: a channel whose weight is zero is its bias."""
+    """Normalisation channel by channel: a channel whose weight is zero is its bias."""
     value, weight = call["input"], call["weight"]
     mask = value.varies.double()
+    if call["training"]:  # no running statistics: all of a channel varies with any of it
+        mask = mask.amax([d for d in range(mask.ndim) if d != 1], keepdim=True)
     if isinstance(weight, Fact):
         mask = mask * weight.present.reshape([-1 if d == 1 else 1 for d in range(mask.ndim)])
     return [mask, *[torch.ones(1)] * (len(call.outputs) - 1)]
@@ -263,6 +265,11 @@ def _coupled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return [mask.any(call["dim"], keepdim=True) if mask.ndim else mask]
 
 
+def _gated(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    value, gate = call["self"].varies.chunk(2, call["dim"])
+    return [value | gate]
+
+
 def _looked_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     """A column of an embedding that is the same for every index is constant."""
     weight, indices = call["weight"], call["indices"]
@@ -276,6 +283,7 @@ FACTORS = {**rules.PRODUCTS, "mul": ("self", "other"), "bmm": ("self", "mat2")}
 MASKS: dict[str, Mask] = {
     "linear": _product,
     "embedding": _looked_up,
+    "glu": _gated,
     "pad": _moved,
     "constant_pad_nd": _moved,
     "expand": _moved,

@@ -117,7 +117,7 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     from torch.export import export as torch_export
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
+    with _evaluating(model), torch.enable_grad(), warnings.catch_warnings():  # without gradients, attention is fused
         warnings.simplefilter("ignore")
         try:
             whole = torch_export(model, inputs, strict=False)

@@ -52,6 +52,8 @@ COUPLED_NORMS = _names("layer_norm group_norm rms_norm")
 
 def apply(tracer: Tracer, call: Call) -> Any:
     """Return the labels of the call's outputs, a value or a list of values, and check that none got lost."""
+    if call.name.startswith("_assert"):
+        return None
     before = len(tracer.ledger.reads)
     result = rule_for(call)(tracer, call)
     inside = [v for v in values_in(list(call.arguments.values())) if isinstance(v, Tensor)]
@@ -78,8 +80,6 @@ def rule_for(call: Call) -> Rule:
         return convolution
     if WINDOWS.fullmatch(call.name):
         return window
-    if call.name.startswith("_assert"):
-        return lambda tracer, call: None
     if call.pointwise:
         return pointwise
     return Tracer.deny
@@ -156,6 +156,16 @@ def pointwise(tracer: Tracer, call: Call) -> Any:
     for labels in kept[1:]:
         ledger.unite(result, labels)
     return result
+
+
+def glu(tracer: Tracer, call: Call) -> Tensor:
+    """One half gates the other: a channel has one index in each."""
+    labels = tracer.labels(call["self"], call)
+    axis = int(call["dim"]) % labels.ndim
+    tracer.ledger.require_fixed(labels, axis, 2, f"{call} cuts it in two")
+    value, gate = labels.chunk(2, axis)
+    tracer.ledger.unite(value, gate)
+    return value
 
 
 def prelu(tracer: Tracer, call: Call) -> Value:
@@ -327,6 +337,7 @@ def embedding(tracer: Tracer, call: Call) -> Any:
 RULES: dict[str, Rule] = {
     "getitem": getitem,
     "linear": linear,
+    "glu": glu,
     "prelu": prelu,
     "pad": pad,
     "constant_pad_nd": pad,
