@@ -505,6 +505,29 @@ def test_the_comparison_names_the_module(monkeypatch):
         compact(model, plan, floats(2, 8))
 
 
+class Odd(nn.Module):
+    """Draws random numbers, takes one batch size only, and gives NaN and infinite outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.b(torch.relu(self.a(x.view(5, 4) + torch.randn(5, 4, dtype=x.dtype))))
+        return y, torch.log(y), y[:, 0] / 0, y.argmax(1)
+
+
+def test_odd_outputs_are_compared_too(monkeypatch):
+    model, plan = Odd().double(), TiePlan([Tie.of("a.weight", Groups.outputs(), [0, 1, -1, 2, 3, 4])])
+    state = torch.get_rng_state()
+    small = compact(model, plan, floats(5, 4)[0].double())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert small.b.in_features == 5
+    monkeypatch.setattr(module_under_test, "place_tied_", lambda network, _: network.b.bias.data.add_(1e-6))
+    with pytest.raises(CompactError, match=r"^b: expected the outputs"):
+        compact(model, plan, floats(5, 4)[0].double())
+
+
 def of_mlp(*ties: Tie) -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
     return build("mlp"), TiePlan(ties), floats(2, 8)
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
 from tying.channels.graph import export
-from tying.enforce.compare import as_double, check_equal, run
+from tying.enforce.compare import as_double, check_equal, run, same_random_numbers
 from tying.enforce.reduction import Compaction, reduce
 from tying.enforce.surgery import place_tied_, replace_
 from tying.errors import CompactError
@@ -62,10 +62,11 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
         )
     """
     inputs = _inputs(example_inputs)
-    reference, compaction = _plan(model, plan, inputs)
-    checked = _build(_copied(model).double(), compaction)
-    check_equal(reference, checked.eval(), inputs, tolerance)
-    return _build(_copied(model), compaction)
+    with same_random_numbers(model):
+        reference, compaction = _plan(model, plan, inputs)
+        checked = _build(_copied(model).double(), compaction)
+        check_equal(reference, checked.eval(), inputs, tolerance)
+        return _build(_copied(model), compaction)
 
 
 def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> Compaction:
@@ -89,12 +90,13 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> 
         Compaction: 0 channels removed, 0 of them folded into biases
           0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
     """
-    return _plan(model, plan, _inputs(example_inputs))[1]
+    with same_random_numbers(model):
+        return _plan(model, plan, _inputs(example_inputs))[1]
 
 
 def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Compaction]:
     """The model projected on the plan, float64 and in evaluation mode, and what goes from it."""
-    check_compactable(model, plan)
+    _check_compactable(model, plan)
     reference = _copied(model).double().eval()
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
@@ -122,7 +124,7 @@ def _build(network: nn.Module, compaction: Compaction) -> nn.Module:
     return network
 
 
-def check_compactable(model: nn.Module, plan: TiePlan) -> None:
+def _check_compactable(model: nn.Module, plan: TiePlan) -> None:
     """Raise unless `compact` knows what to do with the plan and the model.
 
     Raises:

@@ -141,9 +141,18 @@ def _first_to_differ(reference: nn.Module, small: nn.Module, inputs: tuple[Tenso
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     # A forward may draw random numbers: the same ones for both networks, and the user's generator stays as it is.
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.no_grad(), same_random_numbers(model):
         return [output.detach().clone() for output in _flatten(model(*inputs))]
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Generator[None, None, None]:
+    """Draw the same random numbers at every entry; the generators of the CPU and the model's GPUs stay as they are."""
+    gpus = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus)):
+            generator.manual_seed(0)
+        yield
 
 
 def _flatten(output: Any) -> Iterator[Tensor]:

@@ -50,7 +50,8 @@ class Compaction:
     """The tensors that change, by first name, float64, of their new size."""
 
     def __str__(self) -> str:
-        lines = [f"Compaction: {len(self.removed)} channels removed, {self.folded} of them folded into biases"]
+        removed = f"{len(self.removed)} channel{'' if len(self.removed) == 1 else 's'}"
+        lines = [f"Compaction: {removed} removed, {self.folded} of them folded into biases"]
         for name, labels in self.labels.items():
             read = [label for label in labels if label >= 0]
             lines.append(f"  {name}: {len(labels)} inputs, {len(read)} read, {len(set(read))} values")
@@ -62,7 +63,7 @@ def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: C
 
     Args:
         reference: The model projected on the plan, float64. Not written to.
-        plan: What `check_compactable` let pass.
+        plan: Ties of one member, over inputs or outputs, that fit the model.
         channels: Of the reference.
         constants: Of the reference.
 

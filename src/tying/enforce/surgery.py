@@ -183,8 +183,8 @@ def check_has_tied_twin(model: nn.Module, name: str) -> None:
     Raises:
         CompactError: Names the module, and what stands in the way.
     """
-    layer = model.get_submodule(name)
-    _refuse_parametrized(f"{name}.weight", layer)
+    layer, weight = model.get_submodule(name), f"{name}.weight" if name else "weight"
+    _refuse_parametrized(weight, layer)
     reason = None
     if not name:
         reason = "the layer is the whole model; wrap it in nn.Sequential"
@@ -194,11 +194,11 @@ def check_has_tied_twin(model: nn.Module, name: str) -> None:
         reason = f"it has groups={layer.groups} and padding_mode={layer.padding_mode!r}"
     elif any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):  # pyright: ignore[reportPrivateUsage]
         reason = "it has hooks, which would be lost; remove them"
-    elif len(shared := holders(model, f"{name}.weight")) > 1:
+    elif len(shared := holders(model, weight)) > 1:
         reason = f"its weight is shared by {len(shared)} modules"
     if reason:
         raise CompactError(
-            f"{name}.weight: expected a plain linear or convolution layer of its own, to tie its inputs, got "
+            f"{weight}: expected a plain linear or convolution layer of its own, to tie its inputs, got "
             f"{layer}: {reason}; leave it out of the plan, or tie it with tie_"
         )
 
