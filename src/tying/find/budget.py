@@ -6,6 +6,7 @@ so that inputs and outputs, wide and narrow layers stay in balance without being
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from tying.find.clusters import Dendrogram, Method
 from tying.groups import Groups
 from tying.packing import bits_for
 from tying.plan import Member, Partition, Tie, TiePlan
+
+ROUNDING = 1e-12
+"""Of the distortion: merging equal groups gives up nothing, but for the last bits of their mean."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ def give_up(candidate: Candidate, distortion: float, method: Method) -> Tie:
 
 def least(plan_at: Callable[[float], TiePlan], fits: Callable[[TiePlan], bool], budget: str) -> TiePlan:
     """Return the plan of least distortion that fits, found by bisection to 1/1024."""
+    untied = plan_at(0.0)
+    if fits(untied):
+        return untied
     low, high, best = 0.0, 1.0, plan_at(1.0)
     if not fits(best):
         raise PlanError(
@@ -71,6 +78,8 @@ def smallest_within(
     """Return a plan whose score is within `max_drop` of the score at no distortion, the most distorted one found."""
     low, high, best = 0.0, 1.0, plan_at(0.0)
     target = validate(best) - max_drop
+    if math.isnan(target):
+        raise PlanError("validate: expected a score, got NaN for the plan without ties; return a number")
     for _ in range(8):
         middle = (low + high) / 2
         plan = plan_at(middle)
@@ -83,9 +92,8 @@ def smallest_within(
 
 def _merge(candidate: Candidate, distortion: float, method: Method) -> Tie:
     kept = candidate.matrix[candidate.kept]
-    energy = np.square(candidate.matrix).sum()
-    allowed = distortion * energy - (energy - np.square(kept).sum())
     tree = Dendrogram.of(kept, method)
+    allowed = _allowed(candidate, distortion + ROUNDING)
     return candidate.tie(tree.cut(len(kept) - _count_within(_losses(kept, tree), allowed)))
 
 
@@ -103,9 +111,14 @@ def _losses(matrix: NDArray[np.float64], tree: Dendrogram) -> NDArray[np.float64
 def _prune(candidate: Candidate, distortion: float) -> Tie:
     energies = np.square(candidate.matrix).sum(axis=1)
     order = candidate.kept[np.argsort(energies[candidate.kept], kind="stable")]
-    allowed = distortion * energies.sum() - (energies.sum() - energies[candidate.kept].sum())
-    pruned = min(_count_within(energies[order], allowed), len(order) - 1)
+    pruned = min(_count_within(energies[order], _allowed(candidate, distortion)), len(order) - 1)
     return Candidate(candidate.member, np.sort(order[pruned:]), candidate.matrix).tie()
+
+
+def _allowed(candidate: Candidate, distortion: float) -> float:
+    """What is left to give up once the support has taken its part."""
+    gone = np.delete(candidate.matrix, candidate.kept, axis=0)
+    return distortion * float(np.square(candidate.matrix).sum()) - float(np.square(gone).sum())
 
 
 def _count_within(losses: NDArray[np.float64], allowed: float) -> int:

@@ -68,11 +68,15 @@ def cluster(
         preference: For `affinity`: how readily a group becomes an exemplar (0.6 for MNIST, 0.8 for VGG).
 
     Raises:
-        PlanError: If the method is unknown, or the number of clusters is not in 1 … n.
+        PlanError: If the method is unknown, the number of clusters is not in 1 … n, or one is given to `affinity`.
     """
-    if method not in get_args(Method):
-        raise PlanError(f"method: expected one of {get_args(Method)}, got {method!r}; pick one of them")
+    check_method(method)
     if method == "affinity":
+        if clusters is not None:
+            raise PlanError(
+                f"clusters: expected None for method='affinity', which finds the number itself, got {clusters}; "
+                "leave it out and steer with `preference`, or use method='ward'"
+            )
         return _affinity(matrix, preference, seed)
     count = len(matrix)
     if clusters is None or not 1 <= clusters <= count:
@@ -83,6 +87,12 @@ def cluster(
     if method == "kmeans":
         return _kmeans(matrix, clusters, seed)
     return Dendrogram.of(matrix, method).cut(clusters)
+
+
+def check_method(method: str) -> None:
+    """Raise `PlanError` unless the method is known."""
+    if method not in get_args(Method):
+        raise PlanError(f"method: expected one of {get_args(Method)}, got {method!r}; pick one of them")
 
 
 def similarity(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -112,6 +122,8 @@ def _affinity(matrix: NDArray[np.float64], preference: float, seed: int) -> NDAr
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
+            # One group, or all alike: the preference alone decides, which is as good an answer as any.
+            warnings.filterwarnings("ignore", "All samples have mutually equal similarities")
             try:
                 return cast("NDArray[np.int64]", model.fit(similar).labels_.astype(np.int64))
             except ConvergenceWarning:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tying.errors import PlanError
 from tying.find.budget import Candidate, count_bytes, count_values, give_up, least, smallest_within
-from tying.find.clusters import LINKAGES, Method, cluster
-from tying.groups import Groups
+from tying.find.clusters import LINKAGES, Method, check_method, cluster
+from tying.groups import Groups, group_norms
 from tying.plan import Member, Tie, TiePlan
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ def discover(
         raise PlanError(
             f"clusters, {', '.join(budgets)}: expected at most one of them, got several; choose one way to decide"
         )
+    check_method(method)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     members = _members(groups, parameters)
     most = _per_member(keep, members, "keep")
@@ -129,7 +130,7 @@ def _members(groups: Mapping[str, Groups | tuple[Groups, ...]], parameters: Mapp
     members = [
         Member(name, kind)
         for name, kinds in groups.items()
-        for kind in sorted(kinds if isinstance(kinds, tuple) else (kinds,), key=lambda kind: kind != Groups.outputs())
+        for kind in sorted((kinds,) if isinstance(kinds, Groups) else kinds, key=lambda kind: kind != Groups.outputs())
     ]
     for member in members:
         _check(member, parameters)
@@ -146,12 +147,12 @@ def _walk(
     """Choose a tie for one member after the other; what one prunes is zero for the next of that parameter."""
     if not 0 <= support < 1:
         raise PlanError(f"support: expected a relative norm in [0, 1), got {support}; 0.05 is the usual choice")
-    current = {m.parameter: parameters[m.parameter].detach().double() for m in members}
+    current = {m.parameter: parameters[m.parameter].detach().cpu().double() for m in members}
     ties: list[Tie] = []
     for member in members:
         weight = current[member.parameter]
         matrix = member.groups.read(weight)
-        kept = _support(matrix.norm(dim=1).numpy(), support, most[member], member)
+        kept = _support(group_norms(matrix).numpy(), support, most[member], member)
         tie = choose(Candidate(member, kept, matrix.numpy()))
         stays = torch.as_tensor(tie.partition.labels >= 0)
         current[member.parameter] = member.groups.write(matrix * stays[:, None], weight.shape)
