@@ -33,6 +33,9 @@ class Candidate:
     """Indices of the groups that are not pruned."""
     matrix: NDArray[np.float64]
     """`(G, D)`: all groups."""
+    fewest: int = 1
+    """A budget leaves at least this many values: for inputs, the units that are left of the same parameter. Fewer
+    would cost rank, min(inputs, units), that the units left are still paid for."""
 
     @property
     def tieable(self) -> bool:
@@ -94,7 +97,8 @@ def _merge(candidate: Candidate, distortion: float, method: Method) -> Tie:
     kept = candidate.matrix[candidate.kept]
     tree = Dendrogram.of(kept, method)
     allowed = _allowed(candidate, distortion + ROUNDING)
-    return candidate.tie(tree.cut(len(kept) - _count_within(_losses(kept, tree), allowed)))
+    affordable = len(kept) - _count_within(_losses(kept, tree), allowed)
+    return candidate.tie(tree.cut(max(affordable, min(candidate.fewest, len(kept)))))
 
 
 def _losses(matrix: NDArray[np.float64], tree: Dendrogram) -> NDArray[np.float64]:

@@ -46,7 +46,7 @@ def discover(
 
     How far to go is given (`clusters`, `keep`), or chosen by one of `distortion`, `ratio`, `bytes_`, `validate`: each
     member then gives up the same share of its energy, ‖W − PW‖² ÷ ‖W‖², whatever its size. `outputs()` are only pruned
-    on that way: tying outputs is a narrower layer.
+    on that way (tying outputs is a narrower layer), and inputs keep at least as many values as units are left.
 
     Args:
         model: Any module; its floating-point parameters are read, in float64.
@@ -148,12 +148,15 @@ def _walk(
     if not 0 <= support < 1:
         raise PlanError(f"support: expected a relative norm in [0, 1), got {support}; 0.05 is the usual choice")
     current = {m.parameter: parameters[m.parameter].detach().cpu().double() for m in members}
+    units: dict[str, int] = {}
     ties: list[Tie] = []
     for member in members:
         weight = current[member.parameter]
         matrix = member.groups.read(weight)
         kept = _support(group_norms(matrix).numpy(), support, most[member], member)
-        tie = choose(Candidate(member, kept, matrix.numpy()))
+        tie = choose(Candidate(member, kept, matrix.numpy(), units.get(member.parameter, 1)))
+        if member.groups == Groups.outputs():
+            units[member.parameter] = tie.partition.classes
         stays = torch.as_tensor(tie.partition.labels >= 0)
         current[member.parameter] = member.groups.write(matrix * stays[:, None], weight.shape)
         ties.append(tie)
