@@ -189,7 +189,7 @@ class Search:
         return attempt
 
     def _best(self, attempts: list[Attempt]) -> Attempt:
-        """Of equally good ones the strongest penalty, which leaves the clearest structure: sources are in that order."""
+        """Return the most accurate; of equals the last, whose penalty is the strongest and structure the clearest."""
         return max(enumerate(attempts), key=lambda indexed: (indexed[1].fit.accuracy, indexed[0]))[1]
 
     def _narrow(self, values: int) -> nn.Module | None:
