@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tying.channels.graph import Graph, Source, export
-from tying.channels.labels import Ledger, Weight
+from tying.channels.labels import Ledger
 from tying.channels.rules import apply
-from tying.channels.tracer import Tracer
+from tying.channels.tracer import Tracer, values_in
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,11 @@ def trace(graph: Graph) -> Tracer:
             values[node] = _placeholder(graph.sources[node.name], node, ledger)
     _block_shared_memory(graph, ledger)
     for name in graph.unread:
-        tracer.spoil(ledger.weight(name, is_buffer=False), "it feeds a computation whose result forward drops")
+        tracer.block(ledger.weight(name, is_buffer=False), "it feeds a computation whose result forward drops")
     for call in graph.calls(values):
         values[call.node] = apply(tracer, call)
-    for node in graph.outputs():
-        value = values[node]
-        for labels in value.axes if isinstance(value, Weight) else [value]:
-            ledger.block(labels, "an output of the model")
+    for value in values_in([values.get(node) for node in graph.outputs()]):
+        tracer.block(value, "an output of the model")
     return tracer
 
 

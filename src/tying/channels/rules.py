@@ -267,7 +267,7 @@ def coupled_norm(tracer: Tracer, call: Call) -> Any:
         tracer.attach(labels, axes[0], affine, call)
     else:
         for weight in affine:
-            tracer.spoil(weight, reason) if isinstance(weight, Weight) else tracer.ledger.block(weight, reason)
+            tracer.block(weight, reason)
     tracer.ledger.block(labels, reason)
     return labels
 

@@ -32,9 +32,9 @@ class Tracer:
         self.ledger = ledger
         self.readings: list[Read] = []
 
-    def spoil(self, weight: Weight, reason: str) -> None:
-        """Block every slice of a parameter that is used in a way that no rule describes."""
-        for labels in weight.axes:
+    def block(self, value: Value, reason: str) -> None:
+        """Block the channels of an activation, or every slice of a parameter."""
+        for labels in value.axes if isinstance(value, Weight) else [value]:
             self.ledger.block(labels, reason)
 
     def labels(self, value: Value, call: Call, *, like: Tensor | None = None, axis: int | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class Tracer:
                 return long[0]
         what = "the buffer" if value.is_buffer else "the parameter"
         reason = f"{call} combines it with {what} {value.name!r}, which can't be cut with it"
-        self.spoil(value, reason)
+        self.block(value, reason)
         shape = value.axes[0].shape if value.axes else ()
         return self.ledger.anonymous(shape, reason)
 
@@ -78,8 +78,8 @@ class Tracer:
                 continue
             along = vector.along(0) if isinstance(vector, Weight) and len(vector.axes) == 1 else None
             if line is None or along is None:
-                self.labels(vector, call) if isinstance(vector, Tensor) else self.spoil(vector, f"{call} uses it")
-                self.ledger.block(labels, f"{call} combines it with values that can't be cut with it")
+                for value in (vector, labels):
+                    self.block(value, f"{call} combines it with values that can't be cut with it")
             else:
                 self.ledger.unite(line, along)
                 self.ledger.mark_made(along)
@@ -88,10 +88,7 @@ class Tracer:
         """Block all that goes in; what comes out belongs to nobody."""
         reason = reason or f"{call} has no rule"
         for value in values_in(list(call.arguments.values())):
-            if isinstance(value, Weight):
-                self.spoil(value, reason)
-            else:
-                self.ledger.block(value, reason)
+            self.block(value, reason)
         made = [
             self.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") if isinstance(out, Tensor) else None
             for out in call.outputs
