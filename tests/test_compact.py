@@ -555,6 +555,19 @@ def shared_and_tied() -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
     return build("shared"), TiePlan([Tie.of("twice.weight", Groups.inputs(), [0, 0, 1, 2, 3, 4])]), floats(2, 4)
 
 
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.encoder(x)), self.encoder.weight.t())
+
+
+def transposed() -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
+    return Autoencoder(), TiePlan([Tie.of("encoder.weight", Groups.inputs(), [0, 0, 1, 2])]), floats(2, 4)
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -616,6 +629,7 @@ MISTAKES = {
     "parametrized": (parametrized, (CompactError, PlanError), r"^0: expected plain parameters.*untie_"),
     "a view of another": (a_view, CompactError, r"[01]\.weight.*shares it with [01]\.weight"),
     "shared and tied": (shared_and_tied, CompactError, r"^twice\.weight: .*shared by 2 modules"),
+    "transposed": (transposed, CompactError, r"^encoder\.weight: .*used transposed as well"),
     "control flow": (branches, CompactError, r"."),
     "inputs that do not fit": (fails, CompactError, r"^0: expected a forward that runs"),
     "inputs of no tensor": (lambda: (*of_mlp()[:2], [1.0]), CompactError, r"^example_inputs: .*list"),

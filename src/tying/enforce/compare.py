@@ -99,10 +99,11 @@ def _check_same(
         raise CompactError(f"{error}, once compacted; {_REMEDY}") from error
     worst = _difference(expected, got)
     if not worst <= tolerance:
+        found = "other shapes" if worst == float("inf") else f"{worst:.3g}"
         blamed = _first_to_differ(reference, small, inputs, tolerance)
         raise CompactError(
             f"{blamed or 'model'}: expected the outputs of the projected model to a relative difference of "
-            f"{tolerance:g}, got {worst:.3g}, once compacted; {_REMEDY}"
+            f"{tolerance:g}, got {found}, once compacted; {_REMEDY}"
         )
 
 

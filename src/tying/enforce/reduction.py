@@ -75,7 +75,7 @@ def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: C
     removed = _remove_unread(network, channels)
     network.check_something_is_left()
     gone = {id(channel) for channel in removed}
-    labels, unselected = _labels(network, plan)
+    labels, unselected = _labels(network, plan, {s.parameter for c in channels for s in c.makers if s.axis == 1})
     stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
     return Compaction(
         removed=tuple(removed),
@@ -275,8 +275,11 @@ def _remove_unread(network: _Network, channels: Channels) -> list[Channel]:
     return removed
 
 
-def _labels(network: _Network, plan: TiePlan) -> tuple[dict[str, list[int]], list[Kept]]:
-    """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin."""
+def _labels(network: _Network, plan: TiePlan, transposed: set[str]) -> tuple[dict[str, list[int]], list[Kept]]:
+    """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin.
+
+    `transposed` are the weights that another use turns around: what their module reads, they make elsewhere.
+    """
     ties: dict[str, Tie] = {}
     for tie in plan:
         parameter, groups = tie.members[0].parameter, tie.members[0].groups
@@ -297,6 +300,11 @@ def _labels(network: _Network, plan: TiePlan) -> tuple[dict[str, list[int]], lis
             continue
         try:
             check_has_tied_twin(network.model, path)
+            if parameter in transposed:
+                raise CompactError(
+                    f"{parameter}: expected a weight that only its layer uses, to tie its inputs, got one that is used "
+                    "transposed as well; leave it out of the plan, or tie it with tie_"
+                )
         except CompactError as error:
             if shared:
                 raise
