@@ -58,6 +58,12 @@ def declare(
                 f"{' ~ '.join(map(str, members))}: expected as many groups in each, got {counts}; "
                 "choose the Groups of each member so that they compare"
             )
+        shapes = [tuple(parameters[m.parameter].shape) for m in members if m.groups == Groups.whole()]
+        if len(set(shapes)) > 1:  # as many numbers each, but in another order
+            raise PlanError(
+                f"{' ~ '.join(map(str, members))}: expected parameters of one shape, got {shapes}; for a transposed "
+                "tie give the Groups: (name, Groups.outputs()) with (name, Groups.inputs())"
+            )
         ties.append(Tie(tuple(members), Partition(np.tile(np.arange(counts[0]), len(members)))))
     plan = TiePlan(ties, {"declare": "by hand"})
     plan.check_fits(parameters)
