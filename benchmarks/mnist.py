@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import tying
@@ -35,7 +35,7 @@ from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
 INPUTS, UNITS = Groups.inputs(), Groups.outputs()
 WEIGHT = "fc1.weight"
 SIZES = (12, 24, 48, 96)
-EPOCHS_ONE, EPOCHS_TWO, BATCH = 40, 30, 128
+EPOCHS_ONE, EPOCHS_TWO, BATCH = 40, 40, 128
 PAPER = 24.1
 STRENGTHS = {
     "growl": (5e-4, 1e-3, 2e-3),
@@ -130,7 +130,7 @@ def stage_one(method: str, strength: float, seed: int) -> Network:
 
 def stage_two(model: nn.Module, plan: TiePlan, seed: int) -> nn.Module:
     small = tying.compact(model, plan, data().train[0][:2])
-    train(small, Adam(small.parameters(), lr=2e-3), EPOCHS_TWO, seed)
+    train(small, AdamW(small.parameters(), lr=2e-3, weight_decay=0.05), EPOCHS_TWO, seed)
     return small
 
 
@@ -186,7 +186,7 @@ def run(method: str, strength: float, seed: int, folder: Path) -> list[dict[str,
     def add(name: str, size: float, model: nn.Module, plan: TiePlan | None) -> None:
         begun = time.perf_counter()
         small = model if plan is None else stage_two(model, plan, seed)
-        path = folder / f"{name}-{size:g}-{strength:g}-{seed}.safetensors".replace(" ", "-")
+        path = folder / f"{name}-{size:g}-{strength:g}-{seed}.safetensors".replace(", ", "-").replace(" ", "-")
         tying.save(small, path)
         kept = {} if plan is None else {tie.members[0].groups: tie.partition.classes for tie in plan}
         rows.append(
@@ -213,8 +213,8 @@ def run(method: str, strength: float, seed: int, folder: Path) -> list[dict[str,
                 add("pruned only", size, model, pruned_only(model, plan))
                 add("random clusters", size, model, random_clusters(plan, seed))
         if method == "growl":
-            add("paper's row, ward", PAPER, model, cut_inputs(model, "ward"))
-            add("paper's row, affinity", PAPER, model, cut_inputs(model, "affinity"))
+            add("first layer, ward", PAPER, model, cut_inputs(model, "ward"))
+            add("first layer, affinity", 0, model, cut_inputs(model, "affinity"))  # finds its own size
     content = [asdict(row) for row in rows]
     record_of_job.write_text(json.dumps(content))
     return content
@@ -251,7 +251,7 @@ def summarise(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
         # The paper counts the first layer's weights alone: 784 × 300 ÷ unique non-zero ones, no labels.
         first_layer = [784 * 300 / (r["inputs"] * r["units"]) for r in chosen]
         line["first_layer_compression"] = statistics.mean(first_layer)
-        if method.startswith("paper"):
+        if method.startswith("first layer"):
             line.update(_papers_measures(chosen, folder))
         lines.append(line)
     return lines
@@ -265,7 +265,7 @@ def _papers_measures(chosen: list[dict[str, Any]], folder: Path) -> dict[str, An
     found = []
     for row in chosen:
         layer = tying.load(folder / row["path"], Network()).fc1
-        found.append(tying.sharing(layer.to_linear().weight, INPUTS, layer.labels.numpy()))
+        found.append(tying.sharing(layer.to_linear().weight, INPUTS, layer.labels.numpy(), original=784 * 300))
     return {
         "sparsity": statistics.mean(f.sparsity for f in found),
         "sharing": statistics.mean(f.sharing for f in found),

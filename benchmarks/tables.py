@@ -58,7 +58,7 @@ def mnist(results: dict[str, Any]) -> Iterator[str]:
     yield "| clusters | sparsity | sharing | compression | test accuracy |"
     yield "|---|---|---|---|---|"
     for (method, _), line in lines.items():
-        if method.startswith("paper"):
+        if method.startswith("first layer"):
             yield (
                 f"| {method.split(', ')[1]} | {line['sparsity']:.1%} | {line['sharing']:.1f} | "
                 f"{line['compression']:.1f}× | {_accuracy(line)} |"
