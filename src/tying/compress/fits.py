@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from tying.compress.task import Stage, Task, takes_stage
 from tying.errors import FileError, TaskError
 from tying.groups import Groups
 from tying.penalties.norms import Penalty
+from tying.plan import TiePlan
 from tying.train.proximal import ProximalHandle, proximal
 
+FOLDER = "fits"
 Rules = Mapping[str | tuple[str, Groups], Penalty]
 
 
@@ -43,6 +46,7 @@ class Fits:
 
     def __init__(self, task: Task, *, seed: int, epochs: int, folder: Path | None, progress: Progress) -> None:
         self.task, self.seed, self.epochs, self.folder, self.progress = task, seed, epochs, folder, progress
+        self._given: nn.Module | None = None
 
     def initial(self) -> nn.Module:
         """Return the untrained network of this seed."""
@@ -50,24 +54,43 @@ class Fits:
         model = self.task.model()
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TaskError(f"model(): expected an nn.Module, got {type(model).__name__}; return the network")
+        if model is self._given:
+            raise TaskError("model(): expected a new network at every call, got the same one again; build it anew")
+        self._given = model
         return model
 
-    def fit(self, name: str, model: nn.Module, *, stage: Stage, rules: Rules | None = None) -> Fit:
-        """Train the model in place, with the penalties of `rules` on it, or read the same fit from the folder."""
-        done = self._read(name, model)
+    def fit(
+        self, name: str, model: nn.Module, *, stage: Stage, rules: Rules | None = None, plan: TiePlan | None = None
+    ) -> Fit:
+        """Train the model in place, with the penalties of `rules` on it, or read the same fit from the folder.
+
+        Args:
+            name: Of the fit. The random numbers depend on it.
+            model: Trained in place.
+            stage: What the task is told.
+            rules: For stage one.
+            plan: What the model is compacted by: two plans can give networks of one name and size.
+        """
+        file = self._file(name, plan)
+        done = self._read(file, name, model)
         if done is None:
             done = self._run(name, model, stage, rules or {})
-            self._write(name, done)
+            if file is not None:
+                self._write(file, done)
         self.progress.done(f"{name:<28} validation {done.accuracy:7.2%}")
         return done
 
     def accuracy(self, model: nn.Module, split: str = "validation") -> float:
         """Return the task's accuracy on a split; mode and random state of the model's training are kept."""
-        training, state = model.training, torch.get_rng_state()
-        model.eval()
-        value = float(self.task.evaluate(model, split))  # pyright: ignore[reportArgumentType]
-        model.train(training)
+        training, state = {module: module.training for module in model.modules()}, torch.get_rng_state()
+        answer = self.task.evaluate(model.eval(), split)  # pyright: ignore[reportArgumentType]
+        for module, mode in training.items():
+            module.training = mode
         torch.set_rng_state(state)
+        try:
+            value = float(answer)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"evaluate(): expected a number, got {answer!r}; return the accuracy") from error
         if not 0 <= value <= 1:
             raise TaskError(f"evaluate(): expected an accuracy in [0, 1], got {value}; return a share, not per cent")
         return value
@@ -95,33 +118,33 @@ class Fits:
             handle.remove()
         if not history:
             raise TaskError("fit(): expected on_epoch(epoch) after every epoch, got no call; call it")
-        if rules and not handles:
-            raise TaskError("fit(): expected on_step(optimizer) after every step, got no call; call it")
+        if not rates.steps:
+            raise TaskError("fit(): expected on_step(optimizer) after every optimizer.step(), got no call; call it")
         return Fit(model, history[-1], tuple(history), rates.sums)
 
     def _reseed(self, name: str) -> None:
         value = zlib.crc32(f"{self.seed}/{name}".encode())
         torch.manual_seed(value)
-        np.random.seed(value)  # noqa: NPY002  tasks may draw from NumPy's global state
+        random.seed(value)  # tasks may draw from Python's and NumPy's global state
+        np.random.seed(value)  # noqa: NPY002
         seed: Callable[[int], None] | None = getattr(self.task, "seed", None)
         if callable(seed):
             seed(value)
 
-    def _file(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / "fits" / f"{name.replace(' ', '-')}.safetensors"
+    def _file(self, name: str, plan: TiePlan | None) -> Path | None:
+        if self.folder is None:
+            return None
+        said = "" if plan is None else f"-{zlib.crc32(repr(tuple(plan)).encode()):08x}"
+        return self.folder / FOLDER / f"{name.replace(',', '').replace(' ', '-')}{said}.safetensors"
 
-    def _write(self, name: str, fit: Fit) -> None:
-        file = self._file(name)
-        if file is None:
-            return
+    def _write(self, file: Path, fit: Fit) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Under safetensors' rules a tensor has one name: a tied one is written once for each.
         tensors = {key: value.detach().clone().contiguous() for key, value in fit.model.state_dict().items()}
         figures = {"history": fit.history, "distance": dict(fit.distance)}
         write_atomically(file, encode(tensors, {"fit": json.dumps(figures)}))
 
-    def _read(self, name: str, model: nn.Module) -> Fit | None:
-        file = self._file(name)
+    def _read(self, file: Path | None, name: str, model: nn.Module) -> Fit | None:
         if file is None or not file.is_file():
             return None
         try:
@@ -141,8 +164,10 @@ class _Rates:
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self.sums: dict[str, float] = dict.fromkeys(self._names.values(), 0.0)
+        self.steps = 0
 
     def add(self, optimizer: Optimizer) -> None:
+        self.steps += 1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from torch import Tensor
+
 from tying.atomic import write_atomically
 from tying.channels.find import find_channels
 from tying.compress.digits import Digits
-from tying.compress.fits import Fits
+from tying.compress.fits import FOLDER, Fits
 from tying.compress.progress import Progress
 from tying.compress.search import STRENGTHS, Attempt, Search
 from tying.compress.summary import Asked, CompressResult, Kind, summarise
@@ -77,6 +79,8 @@ def compress(
     with Progress(shown=progress, epochs=rounds * (2 * len(STRENGTHS) + 8)) as bar:
         fits = Fits(chosen, seed=seed, epochs=rounds, folder=folder, progress=bar)
         initial, example = fits.initial(), chosen.example_inputs()
+        if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TaskError(f"example_inputs(): expected a Tensor, got {type(example).__name__}; return a batch of two")
         channels = find_channels(initial, example)
         search = Search(fits, channels, find_targets(initial, channels), example)
         attempt = _SEARCHES[budget.kind](search, budget.value)
@@ -96,7 +100,7 @@ _SEARCHES: dict[str, Callable[[Search, float], Attempt | None]] = {
 
 
 def _budget(max_drop: float | None, ratio: float | None, bytes_: int | None) -> Asked:
-    given = {"max_drop": max_drop, "ratio": ratio, "bytes": bytes_}
+    given: dict[Kind, float | None] = {"max_drop": max_drop, "ratio": ratio, "bytes": bytes_}
     named = {kind: value for kind, value in given.items() if value is not None}
     if len(named) > 1:
         raise TaskError(f"budget: expected one of max_drop, ratio, bytes_, got {', '.join(named)}; choose one")
@@ -107,7 +111,8 @@ def _budget(max_drop: float | None, ratio: float | None, bytes_: int | None) -> 
         "bytes": (1.0, math.inf, "20000 is 20 kB"),
     }[kind]
     if not low <= value < high:
-        raise TaskError(f"{kind}: expected a number from {low:g} to {high:g}, got {value}; {hint}")
+        name = "bytes_" if kind == "bytes" else kind
+        raise TaskError(f"{name}: expected a number from {low:g} to {high:g}, got {value}; {hint}")
     return Asked(cast("Kind", kind), float(value))
 
 
@@ -133,7 +138,7 @@ def _open(out: str | Path | None, task: Task, seed: int, epochs: int) -> Path | 
             raise FileError(
                 f"{record}: expected the record of a run, got {error}; delete the folder {folder}"
             ) from error
-        if begun != run:
+        if begun != run and (folder / FOLDER).is_dir():  # else nothing was done yet: a task that was mended
             raise FileError(
                 f"{folder}: expected a new folder or one of the same run {run}, got {begun}; "
                 "choose another folder, or delete this one to begin anew"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tying.channels.find import Channels
 from tying.compress.fits import Fit, Fits, Rules
-from tying.compress.targets import Size, Targets, compacted_size
+from tying.compress.targets import Size, Targets, compacted_size, silenced
 from tying.enforce.compact import compact
 from tying.errors import CompactError, PlanError
 from tying.find.budget import least
@@ -28,7 +28,7 @@ STRENGTHS = (0.5, 1.0, 2.0)
 RAMP = Ramp(3.0)
 PROBE = 16.0
 STEP = math.sqrt(2)
-LARGEST = 4096.0
+SMALLEST, LARGEST = 1.1, 4096.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class Attempt:
     source: Source
     plan: TiePlan
     fit: Fit
-    size: Size
+
+    @property
+    def values(self) -> int:
+        """The numbers in the network's parameters."""
+        return count(self.fit.model)
 
 
 class Search:
@@ -65,7 +69,7 @@ class Search:
     @cached_property
     def parameters(self) -> int:
         """The numbers in the dense network's parameters."""
-        return sum(p.numel() for p in self.dense.model.parameters())
+        return count(self.dense.model)
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -83,35 +87,33 @@ class Search:
     def to_drop(self, max_drop: float) -> Attempt | None:
         """Return the smallest network within `max_drop` of the dense one; None if every attempt lost more.
 
-        One strength is chosen at a middling size, then sizes grow or shrink by √2. Single accuracies are noisy and the
-        smallest lucky one would be chosen: accuracy can only fall with the ratio, so a size counts as good enough only
-        if the isotonic fit through all attempts says so too.
+        One strength is chosen at a middling size, then sizes grow or shrink by √2. Single accuracies are noisy, and the
+        smallest network would be chosen for its luck. But accuracy can only fall as the ratio grows: a size counts only
+        if the isotonic fit through all attempts says so too, and if every larger network that was tried is good enough.
         """
         target = self.dense.accuracy - max_drop
-        source = self.to_ratio(PROBE).source
-        tried = {PROBE: next(a for a in self.attempts if a.source is source)}
+        probed = self._probe()
+        if probed is None:
+            return None
+        ratio, attempt = probed
+        source, tried = attempt.source, {ratio: attempt}
         self._shrink(source, tried, target)
-        ratio = PROBE
-        while not _good_enough(tried, target) and (ratio := ratio / STEP) > 1.1:
+        while not _good_enough(tried, target) and (ratio := ratio / STEP) > SMALLEST:
             tried[ratio] = self._attempt(source, ratio)
         good = _good_enough(tried, target)
         return tried[max(good)] if good else None
 
     def controls(self, attempt: Attempt) -> dict[str, Fit]:
         """Train what the result must be held against, at its size: no penalty, pruned only, a narrow dense network."""
-        ratio = self.parameters / attempt.size.values
-        found = {}
+        ratio = self.parameters / attempt.values
+        found: dict[str, Fit] = {}
         if attempt.source.penalties:
             found["no penalty"] = self._attempt(self.sources[0], ratio, keep=False).fit
-        kept: dict[str | tuple[str, Groups], int | None] = {
-            (t.members[0].parameter, t.members[0].groups): t.partition.classes for t in attempt.plan
-        }
-        pruned = discover(attempt.source.fit.model, self.targets, keep=kept)
-        small = compact(attempt.source.fit.model, pruned, self.example)
-        found["pruned only"] = self.fits.fit(f"pruned only {attempt.source.name}", small, stage="two")
-        narrow = self._narrow(attempt.size.values)
-        if narrow is not None:
-            found["narrow dense"] = self.fits.fit("narrow dense", narrow, stage="dense")
+        if pruned := self._pruned(attempt):
+            name = f"pruned only, {attempt.source.name}"
+            found["pruned only"] = self.fits.fit(name, pruned[0], stage="two", plan=pruned[1])
+        if narrow := self._narrow(attempt.values):
+            found["narrow dense"] = self.fits.fit("narrow dense", narrow[0], stage="dense", plan=narrow[1])
         return found
 
     def _stage_one(self, strength: float) -> Source:
@@ -120,6 +122,7 @@ class Search:
             (parameter, groups): self._penalty(parameter, groups, strength)
             for parameter, kinds in self.targets.items()
             for groups in kinds
+            if self.dense.distance[parameter]  # else the task leaves it as it is
         }
         fit = self.fits.fit(f"stage one, {name}", self.fits.initial(), stage="one", rules=penalties)
         return Source(name, fit, penalties)
@@ -132,8 +135,8 @@ class Search:
         return GroupLasso(scale)
 
     def _shrink(self, source: Source, tried: dict[float, Attempt], target: float) -> None:
-        """Try smaller and smaller networks until two in a row lost too much, or nothing smaller can be made."""
-        ratio, failures = PROBE, 0
+        """From the one tried on, try smaller ones until two in a row lost too much, or nothing smaller can be made."""
+        (ratio,), failures = tried, 0
         while failures < 2 and (ratio := ratio * STEP) <= LARGEST:
             try:
                 tried[ratio] = self._attempt(source, ratio)
@@ -155,68 +158,124 @@ class Search:
         return found
 
     def _attempt(self, source: Source, ratio: float, *, keep: bool = True) -> Attempt:
-        plan = self._plan(source, lambda size: size.values * ratio <= self.parameters, f"ratio={ratio:g}")
-        return self._retrain(source, plan, self._compact(source, plan), f"{ratio:.3g}x", keep=keep)
+        most = self.parameters / ratio
+        plan, small = self._within(source, most, lambda size: size.values, lambda _, n: count(n), f"ratio={ratio:g}")
+        attempt = self._retrain(source, plan, small, f"{ratio:.3g}x")
+        if keep:
+            self.attempts.append(attempt)
+        return attempt
 
     def _attempt_bytes(self, source: Source, most: int) -> Attempt:
         width = next(self.dense.model.parameters()).element_size()
-        room, excess = most, 0
-        for _ in range(4):
-            plan = self._plan(source, _within(room, width), f"bytes={most}")
-            small = self._compact(source, plan)
-            excess = len(encode(small, plan=plan)) - most
-            if excess <= 0:
-                return self._retrain(source, plan, small, f"{most} bytes")
-            room -= excess
-        raise PlanError(f"bytes={most}: expected a file that small, got one {excess} bytes larger; ask for more bytes")
+        plan, small = self._within(
+            source,
+            most,
+            lambda size: size.values * width + size.label_bytes,
+            lambda plan, network: len(encode(network, plan=plan)),
+            f"bytes_={most}",
+        )
+        self.attempts.append(self._retrain(source, plan, small, f"{most} bytes"))
+        return self.attempts[-1]
 
-    def _plan(self, source: Source, fits: Callable[[Size], bool], budget: str) -> TiePlan:
-        model = source.fit.model
+    def _within(
+        self,
+        source: Source,
+        most: float,
+        estimate: Callable[[Size], float],
+        size_of: Callable[[TiePlan, nn.Module], float],
+        budget: str,
+    ) -> tuple[TiePlan, nn.Module]:
+        """Return the plan of least distortion whose network is not larger than asked, and the network.
+
+        The size is estimated for every plan and measured for the one that fits: what was forgotten is taken off.
+        """
+        model, room, size = source.fit.model, most, most
+        for _ in range(8):
+            plan = self._plan(model, self.targets, _below(room, estimate), budget)
+            small = compact(model, plan, self.example)
+            size = size_of(plan, small)
+            if size <= most:
+                return plan, small
+            room = max(room - (size - most), room / 2)
+        raise PlanError(f"{budget}: expected a network of at most {most:g}, got one of {size:g}; ask for a larger one")
+
+    def _plan(
+        self, model: nn.Module, targets: Targets, fits: Callable[[Size], bool], budget: str, support: float = 0.05
+    ) -> TiePlan:
         return least(
-            lambda share: discover(model, self.targets, distortion=share),
+            lambda share: silenced(discover(model, targets, distortion=share, support=support), model, self.channels),
             lambda plan: fits(compacted_size(plan, model, self.channels)),
             budget,
         )
 
-    def _compact(self, source: Source, plan: TiePlan) -> nn.Module:
-        return compact(source.fit.model, plan, self.example)
+    def _retrain(self, source: Source, plan: TiePlan, small: nn.Module, size: str) -> Attempt:
+        fit = self.fits.fit(f"stage two, {source.name}, {size}", small, stage="two", plan=plan)
+        return Attempt(source, plan, fit)
 
-    def _retrain(self, source: Source, plan: TiePlan, small: nn.Module, size: str, *, keep: bool = True) -> Attempt:
-        fit = self.fits.fit(f"stage two, {source.name}, {size}", small, stage="two")
-        attempt = Attempt(source, plan, fit, compacted_size(plan, source.fit.model, self.channels))
-        if keep:
-            self.attempts.append(attempt)
-        return attempt
+    def _probe(self) -> tuple[float, Attempt] | None:
+        """Return the best network at a middling ratio, the first that can be made at all."""
+        ratio = PROBE
+        while ratio > SMALLEST:
+            try:
+                return ratio, self.to_ratio(ratio)
+            except (PlanError, CompactError):  # noqa: PERF203
+                ratio /= STEP
+        return None
 
     def _best(self, attempts: list[Attempt]) -> Attempt:
         """Return the most accurate; of equals the last, whose penalty is the strongest and structure the clearest."""
         return max(enumerate(attempts), key=lambda indexed: (indexed[1].fit.accuracy, indexed[0]))[1]
 
-    def _narrow(self, values: int) -> nn.Module | None:
-        """Return an untrained network of plain layers, as large as the result, or None if units can't go."""
+    def _pruned(self, attempt: Attempt) -> tuple[nn.Module, TiePlan] | None:
+        """Return a network as large as the attempt's, groups pruned in its proportions and none tied."""
+        model = attempt.source.fit.model
+        left = {t.members[0]: (t.partition.classes, len(t.partition)) for t in attempt.plan}
+
+        def plan_at(share: float) -> TiePlan:
+            keep: dict[str | tuple[str, Groups], int | None] = {
+                (member.parameter, member.groups): max(1, round(groups * (classes / groups) ** (2 * share)))
+                for member, (classes, groups) in left.items()
+                if member.parameter in self.targets
+            }
+            return silenced(discover(model, self.targets, keep=keep), model, self.channels)
+
+        try:
+            plan = least(
+                plan_at,
+                lambda plan: compacted_size(plan, model, self.channels).values <= attempt.values,
+                f"values={attempt.values}",
+            )
+            return compact(model, plan, self.example), plan
+        except (PlanError, CompactError):
+            return None
+
+    def _narrow(self, values: int) -> tuple[nn.Module, TiePlan] | None:
+        """Return an untrained network of plain layers, as large as the result; None if units can't go."""
         outputs = {name: (Groups.outputs(),) for name, kinds in self.targets.items() if Groups.outputs() in kinds}
         if not outputs:
             return None
         model = self.fits.initial()
         try:
-            plan = least(
-                lambda share: discover(model, outputs, distortion=share, support=0.0),
-                lambda plan: compacted_size(plan, model, self.channels).values <= values,
-                f"values={values}",
-            )
-        except PlanError:
+            plan = self._plan(model, outputs, lambda size: size.values <= values, f"values={values}", support=0.0)
+            return compact(model, plan, self.example), plan
+        except (PlanError, CompactError):
             return None
-        return compact(model, plan, self.example)
 
 
-def _within(room: int, width: int) -> Callable[[Size], bool]:
-    return lambda size: size.values * width + size.label_bytes <= room
+def count(model: nn.Module) -> int:
+    """Count the numbers in a network's parameters, each once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _below(room: float, estimate: Callable[[Size], float]) -> Callable[[Size], bool]:
+    return lambda size: estimate(size) <= room
 
 
 def _good_enough(tried: Mapping[float, Attempt], target: float) -> list[float]:
+    """Return the ratios, ascending, before the first one that lost too much."""
     from scipy.optimize import isotonic_regression
 
     ratios = sorted(tried)
     accuracies = np.array([tried[ratio].fit.accuracy for ratio in ratios])
-    smooth = isotonic_regression(accuracies, increasing=False).x
-    return [r for r, raw, fitted in zip(ratios, accuracies, smooth, strict=True) if min(raw, fitted) >= target]
+    good = np.minimum(accuracies, isotonic_regression(accuracies, increasing=False).x) >= target
+    return ratios[: int(np.logical_and.accumulate(good).sum())]

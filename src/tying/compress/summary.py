@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.compress.fits import Fit
-from tying.compress.search import Attempt, Search, Source
-from tying.compress.targets import compacted_size
+from tying.compress.search import Attempt, Search, Source, count
 from tying.compress.task import name_of
 from tying.enforce.compact import compact
 from tying.find.discover import discover
@@ -86,7 +85,7 @@ def summarise(search: Search, attempt: Attempt | None, asked: Asked) -> Compress
         dense=before,
         small=after,
         budget=budget,
-        layers=tuple(_layer(tie, chosen.plan, chosen.source, search) for tie in chosen.plan),
+        layers=tuple(_layer(tie, chosen.plan, chosen.source, search) for tie in chosen.plan if _is_weight(tie, search)),
         curve=_curve(search, chosen, controls),
         history=_history(search, chosen),
         stayed=_stayed(search),
@@ -107,7 +106,7 @@ def _untied(search: Search) -> Attempt:
     plan = discover(search.dense.model, search.targets, support=0.0)
     small = compact(search.dense.model, plan, search.example)
     fit = Fit(small, search.dense.accuracy, (), {})
-    return Attempt(source, plan, fit, compacted_size(plan, search.dense.model, search.channels))
+    return Attempt(source, plan, fit)
 
 
 def _kept(asked: Asked, report: Report, drop: float) -> Budget:
@@ -119,14 +118,18 @@ def _kept(asked: Asked, report: Report, drop: float) -> Budget:
     return Budget("bytes", asked.value, report.model.bytes, report.model.bytes <= asked.value)
 
 
+def _is_weight(tie: Tie, search: Search) -> bool:
+    return tie.members[0].parameter in search.targets
+
+
 def _layer(tie: Tie, plan: TiePlan, source: Source, search: Search) -> Layer:
     member = tie.members[0]
     weight = _weight_as_read(tie, plan, source.fit.model)
-    norms = member.groups.norms(weight)
+    norms = member.groups.norms(weight).cpu()
     pruned = norms[torch.as_tensor(tie.partition.labels < 0)]
     penalty = source.penalties.get((member.parameter, member.groups))
     strength = 0.0 if penalty is None else penalty.strength
-    similarity, labels = similarities(member.groups.read(weight).double().numpy(), tie.partition.labels)
+    similarity, labels = similarities(member.groups.read(weight).cpu().double().numpy(), tie.partition.labels)
     shape = tuple(search.example.shape[1:])
     pixels = len(shape) in (2, 3) and torch.Size(shape).numel() == len(norms) and member.groups.kind == "inputs"
     return Layer(
@@ -160,12 +163,9 @@ def _curve(search: Search, chosen: Attempt, controls: Mapping[str, Fit]) -> tupl
     ours = [a for a in search.attempts if a.source is chosen.source]
     others = [a for a in search.attempts if a.source is not chosen.source]
     points = [Point("dense", "dense", search.parameters, search.dense.accuracy)]
-    points += [Point("tied and pruned", "ours", a.size.values, a.fit.accuracy) for a in ours]
-    points += [Point(a.source.name, "control", a.size.values, a.fit.accuracy) for a in others]
-    points += [
-        Point(name, "control", sum(p.numel() for p in fit.model.parameters()), fit.accuracy)
-        for name, fit in controls.items()
-    ]
+    points += [Point("tied and pruned", "ours", a.values, a.fit.accuracy) for a in ours]
+    points += [Point(a.source.name, "control", a.values, a.fit.accuracy) for a in others]
+    points += [Point(name, "control", count(fit.model), fit.accuracy) for name, fit in controls.items()]
     return tuple(points)
 
 

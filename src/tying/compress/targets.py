@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from tying.channels.find import Channel, Channels
 from tying.errors import TaskError
@@ -22,6 +22,7 @@ FEWEST_INPUTS = 8
 """A layer of fewer inputs (the colours of an image) has nothing worth tying."""
 
 Targets = Mapping[str, tuple[Groups, ...]]
+Labels = Mapping[Member, NDArray[np.int64]]
 
 
 def find_targets(model: nn.Module, channels: Channels) -> Targets:
@@ -32,10 +33,13 @@ def find_targets(model: nn.Module, channels: Channels) -> Targets:
     Raises:
         TaskError: If the network has no linear or convolution layer to work on.
     """
+    known = dict(model.named_parameters())  # a shared weight has one name there
     layers = {
-        f"{name}.weight".removeprefix("."): module
+        weight: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(module, "groups", 1) == 1
+        if (weight := f"{name}.weight".removeprefix(".")) in known
+        and type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and getattr(module, "groups", 1) == 1
     }
     hidden = {name: m for name, m in layers.items() if any(c.readers for c in channels.made_by(name))} or layers
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -57,16 +61,46 @@ class Size:
     label_bytes: int
 
 
-def compacted_size(plan: TiePlan, model: nn.Module, channels: Channels) -> Size:
-    """Count what `compact` would leave, from the channels alone: no network is built."""
+def silenced(plan: TiePlan, model: nn.Module, channels: Channels) -> TiePlan:
+    """Prune also what else makes a pruned unit (biases, scales), where its readers could not take its constant over.
+
+    A pruned unit still puts out a constant, its activated bias. `compact` folds it into its readers' biases, but not
+    into a convolution that pads with zeros, and a reader without a bias would get one. Such a unit is made zero.
+    """
     labels = {tie.members[0]: tie.partition.labels for tie in plan}
+    parameters = dict(model.named_parameters())
+    silent: dict[str, set[int]] = defaultdict(set)
+    for channel in channels:
+        if channel.blocked is None and _made_zero(channel, labels, parameters):
+            if all(_takes_constants(model.get_submodule(s.parameter.rpartition(".")[0])) for s in channel.readers):
+                continue
+            for part in channel.makers:
+                if part.parameter in parameters and parameters[part.parameter].ndim == 1:
+                    silent[part.parameter].update(part.indices)
+    ties: list[Tie] = []
+    for name, indices in silent.items():
+        alone = np.arange(len(parameters[name]))
+        alone[sorted(indices)] = -1
+        ties.append(Tie.of(name, Groups.outputs(), alone))
+    return plan + TiePlan(ties)
+
+
+def compacted_size(plan: TiePlan, model: nn.Module, channels: Channels) -> Size:
+    """Count what `compact` leaves of a `silenced` plan, from the channels alone: no network is built.
+
+    Exact where the activations keep zero zero (ReLU, GELU, tanh); too little by what stays or is added to the readers'
+    biases where they don't (sigmoid).
+    """
+    labels = {tie.members[0]: tie.partition.labels for tie in plan}
+    parameters = dict(model.named_parameters())
     removed: dict[tuple[str, int], set[int]] = defaultdict(set)
     for channel in channels:
-        if channel.blocked is None and (_made_zero(channel, labels) or _unread(channel, labels)):
+        unused = _made_zero(channel, labels, parameters) or _unread(channel, labels)
+        if channel.blocked is None and channel.readers and unused:
             for part in channel.slices:
                 removed[part.parameter, part.axis].update(part.indices)
     values, bits = 0, 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         shape = [size - len(removed[name, axis]) for axis, size in enumerate(parameter.shape)]
         if Member(name, Groups.inputs()) in labels:
             alive = np.delete(labels[Member(name, Groups.inputs())], sorted(removed[name, 1]))
@@ -76,14 +110,21 @@ def compacted_size(plan: TiePlan, model: nn.Module, channels: Channels) -> Size:
     return Size(values, (bits + 7) // 8)
 
 
-def _made_zero(channel: Channel, labels: Mapping[Member, NDArray[np.int64]]) -> bool:
-    weights = [
-        labels[m][list(s.indices)] for s in channel.makers if (m := Member(s.parameter, Groups.outputs())) in labels
-    ]
-    return any((label < 0).all() for label in weights)
+def _made_zero(channel: Channel, labels: Labels, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether every weight that makes the channel is pruned there."""
+    weights = [s for s in channel.makers if s.parameter in parameters and parameters[s.parameter].ndim > 1]
+    members = [(Member(s.parameter, Groups.outputs()), s) for s in weights]
+    return bool(members) and all(
+        m in labels and s.axis == 0 and (labels[m][list(s.indices)] < 0).all() for m, s in members
+    )
 
 
-def _unread(channel: Channel, labels: Mapping[Member, NDArray[np.int64]]) -> bool:
+def _takes_constants(reader: nn.Module) -> bool:
+    padded = any(reader.padding) if isinstance(reader, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else False
+    return getattr(reader, "bias", None) is not None and not padded
+
+
+def _unread(channel: Channel, labels: Labels) -> bool:
     members = [(Member(s.parameter, Groups.inputs()), s) for s in channel.readers]
     return all(m in labels and s.axis == 1 and (labels[m][list(s.indices)] < 0).all() for m, s in members)
 
