@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file, the folder above is not on the path
@@ -40,7 +40,7 @@ def fit(
     stage: str = "dense",
 ) -> None:
     images, labels = _data().train
-    optimizer = Adam(model.parameters(), lr=2e-3) if stage == "two" else SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = _optimizer(model, stage)
     steps = len(images) // BATCH
     schedule = CosineAnnealingLR(optimizer, epochs * steps)
     for epoch in range(epochs):
@@ -56,6 +56,12 @@ def fit(
             on_step(optimizer)
             schedule.step()
         on_epoch(epoch)
+
+
+def _optimizer(model: nn.Module, stage: str) -> Optimizer:
+    if stage == "two":
+        return AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    return SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 @torch.no_grad()
