@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
 INPUTS, UNITS = Groups.inputs(), Groups.outputs()
 WEIGHT = "fc1.weight"
 SIZES = (12, 24, 48, 96)
-EPOCHS_ONE, EPOCHS_TWO, BATCH = 40, 40, 128
+EPOCHS_ONE, EPOCHS_TWO, BATCH = 40, 30, 128
 PAPER = 24.1
 STRENGTHS = {
     "growl": (5e-4, 1e-3, 2e-3),
@@ -118,11 +118,15 @@ def accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
     return 100 * (model(split[0]).argmax(1) == split[1]).double().mean().item()
 
 
+def sgd(model: nn.Module, decay: float) -> Optimizer:
+    return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay, fused=True)
+
+
 def stage_one(method: str, strength: float, seed: int) -> Network:
     torch.manual_seed(seed)
     model = Network()
     decay = 5e-4 if method == "none" else 0.0
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+    optimizer = sgd(model, decay)
     handle = tying.proximal(optimizer, model, rules(method, strength), every="epoch") if method != "none" else None
     train(model, optimizer, EPOCHS_ONE, seed, handle)
     return model
@@ -130,7 +134,7 @@ def stage_one(method: str, strength: float, seed: int) -> Network:
 
 def stage_two(model: nn.Module, plan: TiePlan, seed: int) -> nn.Module:
     small = tying.compact(model, plan, data().train[0][:2])
-    train(small, AdamW(small.parameters(), lr=2e-3, weight_decay=0.05), EPOCHS_TWO, seed)
+    train(small, AdamW(small.parameters(), lr=2e-3, weight_decay=0.05, fused=True), EPOCHS_TWO, seed)
     return small
 
 
@@ -175,62 +179,106 @@ def cut_inputs(model: nn.Module, method: str) -> TiePlan:
     return tying.discover(model, {WEIGHT: INPUTS}, method=method, clusters=clusters, preference=0.6)
 
 
-def run(method: str, strength: float, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Train one network in stage one and all that is made of it; or read what an earlier call left."""
-    torch.set_num_threads(1)
-    record_of_job = folder / f"{method}-{strength:g}-{seed}.json".replace(" ", "-")
-    if record_of_job.is_file():
-        return json.loads(record_of_job.read_text())
-    rows: list[Trained] = []
+class Workbench:
+    """Makes rows of one seed, and keeps them and their networks in a folder: what is there already is read."""
 
-    def add(name: str, size: float, model: nn.Module, plan: TiePlan | None) -> None:
+    def __init__(self, folder: Path, job: str, seed: int) -> None:
+        torch.set_num_threads(1)
+        self.folder, self.seed, self.rows = folder, seed, []
+        self.record = folder / f"{job}-{seed}.json".replace(" ", "-")
+
+    def finished(self) -> list[dict[str, Any]] | None:
+        """Return the rows of an earlier call, if there was one."""
+        return json.loads(self.record.read_text()) if self.record.is_file() else None
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Keep the rows and return them."""
+        content = [asdict(row) for row in self.rows]
+        self.record.write_text(json.dumps(content))
+        return content
+
+    def path(self, method: str, size: float, strength: float) -> Path:
+        """Return where a network is kept."""
+        name = f"{method}-{size:g}-{strength:g}-{self.seed}.safetensors"
+        return self.folder / name.replace(", ", "-").replace(" ", "-")
+
+    def add(self, method: str, size: float, strength: float, model: nn.Module, plan: TiePlan | None) -> None:
+        """Retrain what the plan leaves of a network (None: take it as it is), and note what came of it."""
         begun = time.perf_counter()
-        small = model if plan is None else stage_two(model, plan, seed)
-        path = folder / f"{name}-{size:g}-{strength:g}-{seed}.safetensors".replace(", ", "-").replace(" ", "-")
+        small: Any = model if plan is None else stage_two(model, plan, self.seed)
+        path = self.path(method, size, strength)
         tying.save(small, path)
-        kept = {} if plan is None else {tie.members[0].groups: tie.partition.classes for tie in plan}
-        rows.append(
+        inputs = 784 if plan is None else next(t.partition.classes for t in plan if t.members[0].groups == INPUTS)
+        self.rows.append(
             Trained(
-                name, size, seed, strength, kept.get(INPUTS, 784), kept.get(UNITS, small.fc2.in_features),
-                sum(p.numel() for p in small.parameters()), path.stat().st_size,
-                accuracy(small, data().validation), time.perf_counter() - begun, path.name,
+                method=method,
+                size=size,
+                seed=self.seed,
+                strength=strength,
+                inputs=inputs,
+                units=small.fc2.in_features,
+                values=sum(p.numel() for p in small.parameters()),
+                file_bytes=path.stat().st_size,
+                validation=accuracy(small, data().validation),
+                seconds=time.perf_counter() - begun,
+                path=path.name,
             )
-        )  # fmt: skip
+        )
 
+
+def run(method: str, strength: float, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Train one network in stage one, and tie it at every size; or read what an earlier call left."""
+    bench = Workbench(folder, f"{method}-{strength:g}", seed)
+    if (done := bench.finished()) is not None:
+        return done
     if method == "narrow dense":
         for size in SIZES:
             torch.manual_seed(seed)
             narrow = Network(int((PARAMETERS / size - 10) // 795))
-            train(narrow, SGD(narrow.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), EPOCHS_ONE, seed)
-            add(method, size, narrow, None)
-    else:
-        model = stage_one(method, strength, seed)
-        add(f"{method}, stage one", 1, model, None)
-        for size in SIZES:
-            plan = plan_for(model, size)
-            add(method, size, model, plan)
-            if method == "growl":
-                add("pruned only", size, model, pruned_only(model, plan))
-                add("random clusters", size, model, random_clusters(plan, seed))
-        if method == "growl":
-            add("first layer, ward", PAPER, model, cut_inputs(model, "ward"))
-            add("first layer, affinity", 0, model, cut_inputs(model, "affinity"))  # finds its own size
-    content = [asdict(row) for row in rows]
-    record_of_job.write_text(json.dumps(content))
-    return content
+            train(narrow, sgd(narrow, 5e-4), EPOCHS_ONE, seed)
+            bench.add(method, size, strength, narrow, None)
+        return bench.finish()
+    model = stage_one(method, strength, seed)
+    bench.add(f"{method}, stage one", 1, strength, model, None)
+    for size in SIZES:
+        bench.add(method, size, strength, model, plan_for(model, size))
+    return bench.finish()
+
+
+def run_controls(strengths: dict[float, float], seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Train what GrOWL is held against, from the same networks; `strengths`: the one that was chosen at each size."""
+    bench = Workbench(folder, "controls", seed)
+    if (done := bench.finished()) is not None:
+        return done
+    for size, strength in strengths.items():
+        model = tying.load(bench.path("growl, stage one", 1, strength), Network())
+        plan = plan_for(model, size)
+        bench.add("pruned only", size, strength, model, pruned_only(model, plan))
+        bench.add("random clusters", size, strength, model, random_clusters(plan, seed))
+    strength = strengths[24]
+    model = tying.load(bench.path("growl, stage one", 1, strength), Network())
+    bench.add("first layer, ward", PAPER, strength, model, cut_inputs(model, "ward"))
+    bench.add("first layer, affinity", 0, strength, model, cut_inputs(model, "affinity"))  # finds its own size
+    return bench.finish()
+
+
+def best_strength(rows: list[dict[str, Any]], method: str, size: float) -> tuple[float, dict[float, float]]:
+    """Choose by mean validation accuracy over the seeds; also return that accuracy for every strength."""
+    mine = [row for row in rows if (row["method"], row["size"]) == (method, size)]
+    means = {
+        strength: statistics.mean(row["validation"] for row in mine if row["strength"] == strength)
+        for strength in dict.fromkeys(row["strength"] for row in mine)
+    }
+    return max(means, key=lambda strength: means[strength]), means
 
 
 def summarise(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Choose the strength by mean validation accuracy, then look at the test split: one line per method and size."""
     lines = []
     for method, size in dict.fromkeys((row["method"], row["size"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["size"]) == (method, size)]
-        by_strength = {
-            s: statistics.mean(r["validation"] for r in mine if r["strength"] == s)
-            for s in dict.fromkeys(r["strength"] for r in mine)
-        }
-        best = max(by_strength, key=lambda s: by_strength[s])
-        chosen = sorted((row for row in mine if row["strength"] == best), key=lambda row: row["seed"])
+        best, means = best_strength(rows, method, size)
+        mine = [r for r in rows if (r["method"], r["size"], r["strength"]) == (method, size, best)]
+        chosen = sorted(mine, key=lambda row: row["seed"])
         test = [accuracy(tying.load(folder / r["path"], Network(_units(r))), data().test) for r in chosen]
         line = {
             "method": method,
@@ -240,8 +288,8 @@ def summarise(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
             "test": test,
             "test_mean": statistics.mean(test),
             "test_spread": statistics.stdev(test) if len(test) > 1 else None,
-            "validation_mean": by_strength[best],
-            "validation_by_strength": {f"{s:g}": v for s, v in by_strength.items()},
+            "validation_mean": means[best],
+            "validation_by_strength": {f"{s:g}": v for s, v in means.items()},
             "ratio": PARAMETERS / statistics.mean(r["values"] for r in chosen),
             "values": [r["values"] for r in chosen],
             "inputs": [r["inputs"] for r in chosen],
@@ -273,6 +321,16 @@ def _papers_measures(chosen: list[dict[str, Any]], folder: Path) -> dict[str, An
     }
 
 
+def in_parallel(futures: list[Future[list[dict[str, Any]]]], what: str) -> list[dict[str, Any]]:
+    """Wait for all, saying how long it will take; the rows come in the order of the futures."""
+    begun = time.perf_counter()
+    for done, future in enumerate(as_completed(futures), start=1):
+        future.result()
+        left = (time.perf_counter() - begun) / done * (len(futures) - done) / 60
+        print(f"{what}: {done} of {len(futures)} done, about {left:.0f} min left", file=sys.stderr, flush=True)
+    return [row for future in futures for row in future.result()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -288,16 +346,11 @@ def main() -> None:
         for method, strengths in {**STRENGTHS, "narrow dense": (0.0,)}.items()
         for strength in strengths
     ]
-    rows: list[dict[str, Any]] = []
-    begun = time.perf_counter()
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run, *job, options.runs) for job in jobs]
-        for done, future in enumerate(as_completed(futures), start=1):
-            rows += future.result()
-            left = (time.perf_counter() - begun) / done * (len(jobs) - done)
-            print(f"{done}/{len(jobs)} trained, about {left / 60:.0f} min left", file=sys.stderr, flush=True)
-    order = {job: i for i, job in enumerate(jobs)}
-    rows.sort(key=lambda r: (r["seed"], order.get((r["method"], r["strength"], r["seed"]), 0)))
+        rows = in_parallel([pool.submit(run, *job, options.runs) for job in jobs], "stage one, then two")
+        strengths = {size: best_strength(rows, "growl", size)[0] for size in SIZES}
+        seeds = range(options.seeds)
+        rows += in_parallel([pool.submit(run_controls, strengths, seed, options.runs) for seed in seeds], "controls")
     lines = summarise(rows, options.runs)
     settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "split": [55_000, 5_000, 10_000]}
     command = f"make bench-mnist (python -m benchmarks.mnist --seeds {options.seeds})"
