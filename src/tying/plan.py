@@ -15,6 +15,7 @@ from torch import Tensor
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
 from tying.groups import Groups
+from tying.packing import bits_for
 from tying.sealed import seal, unseal
 
 KIND, VERSION = "tying.plan", 1
@@ -45,7 +46,7 @@ class Partition:
     def __init__(self, labels: ArrayLike) -> None:
         try:
             array = np.asarray(labels)
-        except ValueError as error:  # lists of unequal length
+        except (ValueError, TypeError, RuntimeError) as error:  # lists of unequal length, tensors on a GPU
             raise PlanError(f"labels: expected one integer per group, got {error}; pass a flat list") from error
         if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
             raise PlanError(
@@ -79,10 +80,18 @@ class Partition:
     def __repr__(self) -> str:
         return f"Partition({self.labels.tolist()})"
 
+    def __reduce__(self) -> tuple[type[Partition], tuple[NDArray[np.int64]]]:
+        return Partition, (self.labels,)  # numpy's own copies can be written to
+
     @property
     def pruned(self) -> int:
         """The number of groups labelled −1."""
         return len(self) - int(self.sizes.sum())
+
+    @property
+    def label_bits(self) -> int:
+        """The bits of the packed labels: ⌈log2 K⌉ each, with −1 as one more value where it occurs."""
+        return len(self) * bits_for(self.classes + (self.pruned > 0))
 
     def reduce(self, matrix: Tensor) -> Tensor:
         """Sum the groups of each label: `(G, D)` → `(K, D)`. The transpose of `expand`."""
@@ -124,6 +133,29 @@ class Member:
     parameter: str
     groups: Groups
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.parameter, str) or not isinstance(self.groups, Groups):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"Member: expected a parameter's name and its Groups, got {self.parameter!r} and {self.groups!r}; "
+                'write for instance "fc1.weight" and Groups.inputs()'
+            )
+
+    def shape(self, parameters: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return the `(G, D)` of the parameter read as groups.
+
+        Raises:
+            PlanError: Names the parameter, if there is none of that name or it has no such groups.
+        """
+        if self.parameter not in parameters:
+            raise PlanError(
+                f"{self.parameter}: expected a parameter of the model, got none of that name; "
+                f"the model has {_some(parameters)}: make the plan for this model"
+            )
+        try:
+            return self.groups.shape(parameters[self.parameter].shape)
+        except PlanError as error:
+            raise PlanError(f"{self.parameter}: {error}") from error
+
     def __str__(self) -> str:
         return f"{self.parameter}[{self.groups}]"
 
@@ -160,12 +192,12 @@ class Tie:
         return torch.cat([member.groups.read(parameters[member.parameter]) for member in self.members])
 
     def split(self, matrix: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the `(G, D)` matrix as the members' parameters, by name: the inverse of `matrix`."""
-        shapes = [parameters[member.parameter].shape for member in self.members]
-        counts = [m.groups.shape(shape)[0] for m, shape in zip(self.members, shapes, strict=True)]
-        parts = matrix.split(counts)
+        """Return the `(G, D)` matrix as the members' parameters, by name, in their dtypes: the inverse of `matrix`."""
+        parts = matrix.split([member.shape(parameters)[0] for member in self.members])
+        like = [parameters[member.parameter] for member in self.members]
         return {
-            m.parameter: m.groups.write(part, shape) for m, part, shape in zip(self.members, parts, shapes, strict=True)
+            m.parameter: m.groups.write(part, p.shape).to(p.dtype)
+            for m, part, p in zip(self.members, parts, like, strict=True)
         }
 
     def check_fits(self, parameters: Mapping[str, Tensor]) -> None:
@@ -174,14 +206,7 @@ class Tie:
         Raises:
             PlanError: Names the member, what was expected and what the model has.
         """
-        shapes: list[tuple[int, int]] = []
-        for member in self.members:
-            if member.parameter not in parameters:
-                raise PlanError(
-                    f"{member.parameter}: expected a parameter of the model, got none of that name; "
-                    f"the model has {_some(parameters)}: make the plan for this model"
-                )
-            shapes.append(member.groups.shape(parameters[member.parameter].shape))
+        shapes = [member.shape(parameters) for member in self.members]
         sizes = {size for _, size in shapes}
         if len(sizes) > 1:
             raise PlanError(
@@ -220,6 +245,8 @@ class TiePlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ties", tuple(self.ties))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        if not all(isinstance(text, str) for entry in self.provenance.items() for text in entry):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"provenance: expected text by name, got {dict(self.provenance)!r}; write it as strings")
         seen: set[Member] = set()
         for member in (member for tie in self.ties for member in tie.members):
             if member in seen:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tying.enforce.surgery import TIED
 from tying.enforce.tie import plan_of
 from tying.errors import PlanError
-from tying.groups import Groups, Kind
-from tying.packing import bits_for
+from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, TiePlan
 from tying.state import State, same_bits
 
@@ -60,7 +59,7 @@ class UniqueSet:
     def bits(self) -> int:
         """What is stored: every number of every parameter, zeros too, and ⌈log2 K⌉ bits for every label."""
         numbers = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.parameters.values())
-        return numbers + sum(label_bits(partition) for partition in self.labels)
+        return numbers + sum(partition.label_bits for partition in self.labels)
 
 
 def plan_in_force(model: nn.Module) -> TiePlan:
@@ -73,7 +72,7 @@ def plan_in_force(model: nn.Module) -> TiePlan:
           0.weight[inputs]: 3 groups → 2 values, 0 pruned
     """
     ties = [
-        Tie((_member(name, "inputs"),), module.partition)
+        Tie((Member(f"{name}.weight" if name else "weight", Groups.inputs()),), module.partition)
         for name, module in model.named_modules()
         if isinstance(module, tuple(TIED.values()))
     ]
@@ -97,53 +96,48 @@ def unique_set(model: nn.Module, state: State, plan: TiePlan | None = None, *, s
     known = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in names}
     steps: list[Step] = []
     for tie in plan or ():
-        resolved = _resolve(tie, known)
-        reason = _reason_against(resolved, held, steps)
-        if reason is None:
-            step = Step(resolved, tuple(tuple(held[m.parameter].shape) for m in resolved.members))
-            small = _reduce(resolved, held)
-            if strict or _saves(step, small):
-                for member in resolved.members:
-                    held.pop(member.parameter)
-                held[resolved.members[0].parameter] = small
-                steps.append(step)
-        elif strict:
-            raise PlanError(f"{tie}: expected weights that obey the plan, got {reason}")
+        try:
+            resolved = _storable_once(tie, known, held, steps)
+        except PlanError as error:
+            if strict:
+                raise PlanError(f"{tie}: expected weights that obey the plan, got {error}") from error
+            continue
+        step = Step(resolved, tuple(tuple(held[m.parameter].shape) for m in resolved.members))
+        small = _reduce(resolved, held)
+        if strict or _saves(step, small):
+            for member in resolved.members:
+                held.pop(member.parameter)
+            held[resolved.members[0].parameter] = small
+            steps.append(step)
     labels = [tie.partition for tie in (*plan_in_force(model), *(step.tie for step in steps))]
     return UniqueSet(held, tuple(steps), tuple(labels))
 
 
-def label_bits(partition: Partition) -> int:
-    """Return the bits that the labels take: ⌈log2 K⌉ each, with −1 as one more value if it occurs."""
-    return len(partition) * bits_for(partition.classes + (partition.pruned > 0))
+def _storable_once(tie: Tie, known: Mapping[str, str], held: Mapping[str, Tensor], steps: list[Step]) -> Tie:
+    """Return the same tie by the parameters' first names.
 
-
-def _member(module: str, kind: Kind) -> Member:
-    return Member(f"{module}.weight" if module else "weight", Groups(kind))
-
-
-def _resolve(tie: Tie, known: Mapping[str, str]) -> Tie:
-    """The same tie by the parameters' first names."""
-    return replace(tie, members=tuple(replace(m, parameter=known.get(m.parameter, m.parameter)) for m in tie.members))
-
-
-def _reason_against(tie: Tie, held: Mapping[str, Tensor], steps: list[Step]) -> str | None:
+    Raises:
+        PlanError: Says what stands in the way of storing its values once.
+    """
+    names = [known.get(member.parameter, member.parameter) for member in tie.members]
+    if len(set(names)) < len(names):
+        raise PlanError("members that are one parameter; only distinct parameters can be stored as one")
+    tie = replace(tie, members=tuple(replace(m, parameter=name) for m, name in zip(tie.members, names, strict=True)))
     try:
         tie.check_fits(held)
     except PlanError as error:
-        return f"{error}; a compacted network keeps its ties in its layers and needs no plan"
-    names = [member.parameter for member in tie.members]
+        raise PlanError(f"{error}; a compacted network keeps its ties in its layers and needs no plan") from error
     touched = {m.parameter: step for step in steps for m in step.tie.members}
-    if len(set(names)) < len(names):
-        return "one parameter twice in a tie; only ties of distinct parameters are stored once"
     if any(name in touched and not (_keeps_rank(tie) and _keeps_rank(touched[name].tie)) for name in names):
-        return "a parameter that another tie holds; only ties over inputs and outputs of one parameter combine"
-    if len({held[name].dtype for name in names}) > 1:
-        return "members of different dtypes; convert them to one"
+        raise PlanError("a parameter that another tie holds; only ties over inputs and outputs of one combine")
+    if len({(held[name].dtype, held[name].device) for name in names}) > 1:
+        raise PlanError("members of different dtypes or devices; convert them to one")
     matrix = tie.matrix(held)
     if not same_bits(tie.partition.expand(_first_of_each(tie.partition, matrix)), matrix):
-        return "weights that differ inside a group; set them to plan.project(dict(model.named_parameters())) first"
-    return None
+        raise PlanError(
+            "weights that differ inside a group; set them to plan.project(dict(model.named_parameters())) first"
+        )
+    return tie
 
 
 def _keeps_rank(tie: Tie) -> bool:
@@ -170,4 +164,4 @@ def _reduce(tie: Tie, held: Mapping[str, Tensor]) -> Tensor:
 def _saves(step: Step, small: Tensor) -> bool:
     dense = sum(int(np.prod(shape)) for shape in step.shapes)
     width = small.element_size() * 8
-    return small.numel() * width + label_bits(step.tie.partition) < dense * width
+    return small.numel() * width + step.tie.partition.label_bits < dense * width

@@ -17,7 +17,6 @@ from torch import Tensor
 from tying.errors import PlanError
 from tying.find.clusters import Dendrogram, Method
 from tying.groups import Groups
-from tying.packing import bits_for
 from tying.plan import Member, Partition, Tie, TiePlan
 
 ROUNDING = 1e-12
@@ -160,4 +159,4 @@ def label_bits(tie: Tie) -> int:
     partition = tie.partition
     if partition.classes == len(partition) or tie.members[0].groups == Groups.outputs():
         return 0
-    return len(partition) * bits_for(partition.classes + (partition.pruned > 0))
+    return partition.label_bits
