@@ -189,9 +189,12 @@ def test_partitions_are_equal_when_they_say_the_same(one: list[int], other: list
     assert Partition(np.array(one, dtype=np.int16)) == Partition(torch.tensor(one, dtype=torch.int32))
 
 
-def test_a_partition_does_not_change() -> None:
+@pytest.mark.parametrize(
+    "copied", [lambda p: p, copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=range(4)
+)
+def test_a_partition_does_not_change(copied: Callable[[Partition], Partition]) -> None:
     given = np.array([0, 0, 1])
-    p = Partition(given)
+    p = copied(Partition(given))
     given[:] = 5
     assert p.labels.tolist() == [0, 0, 1]
     with pytest.raises(ValueError, match="read-only"):
@@ -211,6 +214,7 @@ def test_a_partition_does_not_change() -> None:
         ([True, False], "labels: expected one integer per group, got .* bool"),
         ([[0], [0, 1]], "labels: expected one integer per group"),
         ([None, 1], "labels: expected one integer per group, got .* object"),
+        (torch.ones(2, requires_grad=True), "labels: expected one integer per group"),
     ],
 )
 def test_what_are_no_labels_is_refused(labels: object, message: str) -> None:
@@ -416,6 +420,8 @@ def test_a_plan_can_be_read() -> None:
             lambda: TiePlan([Tie.of("a", INPUTS, [0]), Tie.of("b", INPUTS, [0]), Tie.of("a", INPUTS, [1])]),
             r"a\[inputs\]: expected one tie, got several; merge",
         ),
+        (lambda: Tie.of("a", "inputs", [0]), r"Member: .* got 'a' and 'inputs'; .* Groups\.inputs\(\)"),  # pyright: ignore
+        (lambda: TiePlan([], {"at": 3}), r"provenance: expected text by name, got \{'at': 3\}"),  # pyright: ignore
     ],
 )
 def test_what_is_no_plan_is_refused(make: Callable[[], object], message: str) -> None:
@@ -443,7 +449,10 @@ MISFITS = {
         TiePlan([Tie.of("0.weight", OUTPUTS, [0, 0, 1, 1])]),
         r"0\.weight\[outputs\]: expected 3 labels, one per group, got 4",
     ),
-    "no such groups": (TiePlan([Tie.of("0.bias", INPUTS, [0])]), r"Groups\.inputs\(\): expected a parameter with at"),
+    "no such groups": (
+        TiePlan([Tie.of("0.bias", INPUTS, [0])]),
+        r"0\.bias: Groups\.inputs\(\): expected a parameter with at",
+    ),
 }
 
 
@@ -469,6 +478,12 @@ def test_a_plan_for_another_model_is_refused_by_name_and_the_model_stays(
     assert [type(m) for m in given.modules()] == modules
     assert list(given.state_dict()) == list(before)
     assert all(torch.equal(given.state_dict()[key], value) for key, value in before.items())
+
+
+def test_members_keep_their_dtypes() -> None:
+    given = {"a": torch.ones(2, 2), "b": torch.ones(2, 2, dtype=torch.float64)}
+    projected = TiePlan([across(("a", INPUTS), ("b", INPUTS), labels=[0, 1, 0, 1])]).project(given)
+    assert {name: value.dtype for name, value in projected.items()} == {"a": torch.float32, "b": torch.float64}
 
 
 def test_members_of_unequal_length_are_refused() -> None:

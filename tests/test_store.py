@@ -489,6 +489,15 @@ def test_weights_that_do_not_obey_the_plan_are_stored_as_they_are(tmp_path: Path
     assert same_bits(store.load(path, mlp()).state_dict()["layers.0.weight"], model.state_dict()["layers.0.weight"])
 
 
+def test_a_plan_may_name_one_parameter_by_two_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    members = (Member("0.weight", Groups.inputs()), Member("1.weight", Groups.inputs()))
+    plan = TiePlan([Tie(members, Partition([0, 1, 2, 0, 1, 2]))])
+    model[1].weight = model[0].weight  # tied for good by the user since the plan was made
+    store.save(model, tmp_path / "a.safetensors", plan=plan)
+    assert store.load_plan(tmp_path / "a.safetensors") == plan
+
+
 def test_the_plan_is_kept_and_costs_no_labels_that_are_there(tmp_path: Path) -> None:
     plan = TiePlan([Tie.of("layers.0.weight", Groups.inputs(), [0, 1, 1, -1, 2, 2, 0, 0, -1, 1, 2, 3])], {"by": "me"})
     model = tied_linear(stir(mlp()))
@@ -638,6 +647,8 @@ def record_of(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         {"architecture": {}},
         {"architecture": {"0": {"type": "os.system"}, "1": {"type": "Linear"}}},
         {"architecture": [1]},
+        {"architecture": {"0": {"type": "TiedLinear", "tensors": {"bias": ["3"]}}, "1": {"type": "Linear"}}},
+        {"architecture": {"0": {"type": "TiedLinear", "tensors": {"bias": {}}}, "1": {"type": "Linear"}}},
         {"architecture": {"0": {"type": "TiedLinear", "tensors": {"labels": None}}, "1": {"type": "Linear"}}},
         {"architecture": {"0": {"type": "TiedLinear", "tensors": {"weight": [-1]}}, "1": {}}},
         {"aliases": {"1.bias": "nothing"}},
@@ -722,6 +733,7 @@ def test_a_file_of_another_kind_is_refused(make: Callable[[Path], None], message
         (lambda: nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2), nn.Linear(2, 2)), r"2: expected"),
         (lambda: nn.Sequential(nn.Conv1d(4, 2, 1), nn.Linear(2, 2)), r"0: expected"),
         (lambda: nn.Sequential(nn.Linear(4, 2), nn.Bilinear(2, 2, 2)), r"1: expected"),
+        (lambda: nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 2)), r"0\.weight: expected a model at least as large"),
         (lambda: nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2)), r"0.weight: expected a tensor with a shape"),
         (lambda: nn.ModuleDict({"a": nn.Linear(4, 2)}), "expected"),
         (

@@ -58,7 +58,7 @@ def unseal(
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"{path}: expected a file that {writer} wrote, got one that can't be read, truncated or no safetensors "
-            f"({error}); save it again"
+            f"({error}); check the path, or save it again"
         ) from error
     _check(path, tensors, record, writer)
     return tensors, record

@@ -174,6 +174,17 @@ def check_transient(model: nn.Module, state: State) -> None:
             )
 
 
+def check_not_outgrown(model: nn.Module, state: State) -> None:
+    """Raise `FileError` if a stored parameter is longer somewhere than the model's: compacting only makes smaller."""
+    shapes = state.shapes()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape, held = shapes.get(name, ()), tuple(parameter.shape)
+        if len(shape) == len(held) and any(stored > size for stored, size in zip(shape, held, strict=True)):
+            raise FileError(
+                f"{name}: expected a model at least as large as the stored one, {shape}, got shape {held}; {_REMEDY}"
+            )
+
+
 def _refuse_unstorable(name: str, tensor: Tensor) -> None:
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or type(tensor.data) is Tensor
     if not plain or tensor.is_meta or tensor.layout is not torch.strided:

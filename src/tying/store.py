@@ -21,7 +21,18 @@ from tying.groups import Groups
 from tying.packing import Packed, pack, unpack
 from tying.plan import Member, Partition, Tie, TiePlan
 from tying.sealed import seal, unseal
-from tying.state import EXTRA, State, View, check_transient, collect, dtype_name, fill, is_dense, refuse_lazy
+from tying.state import (
+    EXTRA,
+    State,
+    View,
+    check_not_outgrown,
+    check_transient,
+    collect,
+    dtype_name,
+    fill,
+    is_dense,
+    refuse_lazy,
+)
 from tying.unique import Step, plan_in_force, unique_set
 
 KIND, VERSION = "tying.model", 1
@@ -118,6 +129,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     try:
         refuse_lazy(model)
         check_transient(model, state)
+        check_not_outgrown(model, state)
         with torch.random.fork_rng(devices=[]):  # layers draw their first values, which are not kept
             built = rebuild(_untied(model), description)
             for gradient in sorted({gradient for _, gradient in ties}):
@@ -270,9 +282,14 @@ def _with_known(lean: Description, state: State) -> Description:
     for entry in description.values():
         shapes = [shape for shape in entry["tensors"].values() if shape is not None]
         tied = entry["type"] in _TIED_TYPES
-        if not all(size >= 0 for shape in shapes for size in shape) or (tied and not entry["tensors"]["labels"]):
+        if not all(map(_is_shape, shapes)) or (tied and not entry["tensors"]["labels"]):
             raise ValueError(entry)
     return description
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = cast("list[Any]", value) if isinstance(value, list) else [None]
+    return all(type(size) is int and 0 <= size < 2**63 for size in sizes)
 
 
 def _join(path: str, leaf: str) -> str:
