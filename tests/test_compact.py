@@ -631,8 +631,13 @@ MISTAKES = {
     "shared and tied": (shared_and_tied, CompactError, r"^twice\.weight: .*shared by 2 modules"),
     "transposed": (transposed, CompactError, r"^encoder\.weight: .*used transposed as well"),
     "control flow": (branches, CompactError, r"."),
-    "inputs that do not fit": (fails, CompactError, r"^0: expected a forward that runs"),
+    "inputs that do not fit": (fails, CompactError, r"^0: expected a forward that runs.*; pass example_inputs as"),
     "inputs of no tensor": (lambda: (*of_mlp()[:2], [1.0]), CompactError, r"^example_inputs: .*list"),
+    "no sample": (
+        lambda: (*of_mlp()[:2], torch.empty(0, 8)),
+        CompactError,
+        r"^example_inputs: .*at least one sample, got shapes \(0, 8\)",
+    ),
 }
 
 
@@ -644,6 +649,12 @@ def test_a_mistake_is_named_and_leaves_the_model_alone(make, kind, message):
         compact(model, plan, inputs)
     assert snapshot(model) == before
     assert model.training == training
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, float("nan"), float("inf")])
+def test_a_tolerance_that_compares_nothing_is_refused(tolerance):
+    with pytest.raises(CompactError, match=r"^tolerance: expected a finite number ≥ 0"):
+        compact(*of_mlp(), tolerance=tolerance)
 
 
 def test_an_empty_plan_gives_an_equal_copy():

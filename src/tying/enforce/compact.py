@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import TypeAlias, cast
 
 import torch
@@ -61,6 +62,8 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
           (2): Linear(in_features=2, out_features=2, bias=True)
         )
     """
+    if not 0 <= tolerance < math.inf:
+        raise CompactError(f"tolerance: expected a finite number ≥ 0, got {tolerance}; 1e-9 leaves room for rounding")
     inputs = _inputs(example_inputs)
     with same_random_numbers(model):
         reference, compaction = _plan(model, plan, inputs)
@@ -103,7 +106,10 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[
         for name, value in plan.project(parameters).items():
             parameters[name].copy_(value)
     given = as_double(inputs)
-    run(reference, given)  # what fails here would fail below, with less to say
+    try:
+        run(reference, given)  # what fails here would fail below, with less to say
+    except CompactError as error:
+        raise CompactError(f"{error}; pass example_inputs as the model takes them") from error
     graph = export(reference, given)
     return reference, reduce(reference, plan, channels_of(graph), constants_of(graph, given))
 
@@ -196,4 +202,7 @@ def _inputs(example_inputs: Inputs) -> tuple[Tensor, ...]:
         raise CompactError(
             f"example_inputs: expected a tensor or a tuple of tensors, got ({kinds}); pass what the model takes"
         )
+    if not all(x.numel() for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise CompactError(f"example_inputs: expected at least one sample, got shapes {shapes}; pass a batch of two")
     return inputs

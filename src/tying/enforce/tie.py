@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tying.errors import PlanError
-from tying.groups import Groups, Kind
+from tying.groups import Groups
 from tying.plan import Partition, Tie, TiePlan
 
 Gradient = Literal["sum", "mean"]
@@ -216,9 +216,6 @@ def _tied(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Tied]]:
                     yield module, leaf, chain[0]  # pyright: ignore[reportIndexIssue]
 
 
-_ORDER: tuple[Kind, ...] = ("inputs", "outputs")
-
-
 def _by_parameter(model: nn.Module, plan: TiePlan) -> dict[str, list[Tie]]:
     """The ties of each parameter, inputs first.
 
@@ -236,7 +233,7 @@ def _by_parameter(model: nn.Module, plan: TiePlan) -> dict[str, list[Tie]]:
     for name, ties in result.items():
         _check_not_parametrized(model, name)
         kinds = [tie.members[0].groups.kind for tie in ties]
-        if len(ties) > 1 and sorted(kinds) != sorted(_ORDER):
+        if len(ties) > 1 and sorted(kinds) != ["inputs", "outputs"]:
             raise PlanError(
                 f"{name}: expected one tie, or one over inputs and one over outputs, got {kinds}; merge the labels"
             )
