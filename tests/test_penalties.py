@@ -510,7 +510,9 @@ def test_the_input_is_left_alone_and_layout_does_not_matter(name):
     through_view = penalty.prox(Groups.inputs().read(weight), 0.5)
     assert torch.equal(weight, before)
     torch.testing.assert_close(through_view, penalty.prox(weight.T.contiguous(), 0.5), rtol=1e-7, atol=0)
-    assert penalty.prox(torch.zeros(0, 3), 0.5).shape == (0, 3)
+    for empty in (torch.zeros(0, 3), torch.zeros(3, 0)):
+        assert penalty.prox(empty, 0.5).shape == empty.shape
+        assert penalty.certify(empty, penalty.prox(empty, 0.5), 0.5).holds(0.0)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import warnings
 
 import pytest
@@ -438,7 +439,9 @@ def test_a_state_of_other_rules_is_refused_and_changes_nothing():
     train(model, optimizer, 3)
     before = handle.state_dict()
     other = proximal(sgd(model), model, {"0.weight": Lasso(1.0)}, every=100)
-    wrong = [other.state_dict(), {}, {**before, "steps": "many"}, {**before, "pending": 3}]
+    wrong = [other.state_dict(), {}, {**before, "steps": "many"}, {**before, "steps": -1}, {**before, "pending": 3}]
+    pending = before["pending"]
+    wrong += [{**before, "pending": {**pending, "0.weight[inputs]": wait}} for wait in (-1.0, math.nan, math.inf)]
     wrong += [
         {**before, "dead": {"0.weight[inputs]": torch.zeros(2, dtype=torch.bool)}},
         {**before, "dead": {"x": [True]}},

@@ -102,6 +102,7 @@ def test_all_zero_is_no_penalty():
         ([[1.0], [0.5]], r"sequence: expected a flat list of weights, got shape \(2, 1\)"),
         (1.0, r"sequence: expected a flat list"),
         ("abc", r"sequence: expected numbers, got 'abc'"),
+        (torch.ones(2, requires_grad=True), r"sequence: expected numbers, got tensor"),
         ([2.0, 1.0, 0.5], r"sequence: expected 2 weights, one per group, got 3"),
     ],
 )

@@ -206,7 +206,7 @@ def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
     """
     try:
         values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor that requires a gradient
         raise PenaltyError(f"sequence: expected numbers, got {given!r}; pass a flat list of weights") from error
     right_shape = values.ndim == 1 and n in (None, len(values))
     # A NaN fails every comparison, so the ends and the order are enough.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from tying.errors import PenaltyError, TyingWarning
+from tying.penalties.sequences import check_not_negative
 from tying.train.rules import Rules, Target, resolve
 
 Every = Literal["step", "epoch"]
@@ -39,7 +40,8 @@ def proximal(
     alone then, too). The optimizer's state is not touched.
 
     Applied once per epoch the result is as good as after every step, and free. Use SGD with momentum: steps scaled
-    per number, as Adam's, spoil ties, and a warning says so.
+    per number, as Adam's, spoil ties, and a warning says so. A copy of the optimizer has no penalties, as PyTorch
+    copies no hooks: call `proximal` for it too.
 
     Args:
         optimizer: The one that steps the parameters.
@@ -187,11 +189,12 @@ class ProximalHandle:
             PenaltyError: If that handle had other parameters, or the state is malformed; nothing has changed then.
         """
         try:
-            steps, pending = int(state["steps"]), {key: float(value) for key, value in state["pending"].items()}
+            steps = int(check_not_negative("steps", state["steps"]))
+            pending = {key: check_not_negative(key, value) for key, value in state["pending"].items()}
             dead = {key: torch.as_tensor(value, dtype=torch.bool).clone() for key, value in state["dead"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PenaltyError(
-                f"state: expected what state_dict() returned, got one without {error}; save the handle's state again"
+                f"state: expected what state_dict() returned, got something else ({error}); save it again"
             ) from error
         sizes = {target.key: target.groups.shape(target.parameter.shape)[0] for target in self._targets}
         fits = pending.keys() == sizes.keys() and all(sizes.get(key) == len(value) for key, value in dead.items())
