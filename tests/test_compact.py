@@ -324,6 +324,17 @@ def test_a_shared_weight_that_is_cut_stays_shared():
     assert small.a.weight.shape == (2, 3)
 
 
+def test_a_shared_weight_goes_by_any_of_its_names():
+    model, inputs = build("shared"), NETWORKS["shared"][1]
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.twice.weight]
+    assert len(names) == 2
+    first, second = (TiePlan([Tie.of(name, Groups.outputs(), [-1, 0, 1, 2, 3, 4])]) for name in names)
+    expected, got = compact(model, first, inputs).state_dict(), compact(model, second, inputs).state_dict()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    with pytest.raises(PlanError, match="expected one tie, got several"):
+        compact(model, first + second, inputs)
+
+
 def test_what_is_pruned_and_stays_has_its_reason():
     model = build("vgg")
     pruned = [0, -1, 1, 2, 3]

@@ -18,7 +18,7 @@ from tying.enforce.compare import as_double, check_equal, run, same_random_numbe
 from tying.enforce.reduction import Compaction, reduce
 from tying.enforce.surgery import place_tied_, replace_
 from tying.errors import CompactError
-from tying.plan import Tie, TiePlan
+from tying.plan import Member, Tie, TiePlan
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
@@ -99,6 +99,7 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> 
 
 def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Compaction]:
     """The model projected on the plan, float64 and in evaluation mode, and what goes from it."""
+    plan = _by_first_names(plan, model)
     _check_compactable(model, plan)
     reference = _copied(model).double().eval()
     parameters = dict(reference.named_parameters())
@@ -112,6 +113,17 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[
         raise CompactError(f"{error}; pass example_inputs as the model takes them") from error
     graph = export(reference, given)
     return reference, reduce(reference, plan, channels_of(graph), constants_of(graph, given))
+
+
+def _by_first_names(plan: TiePlan, model: nn.Module) -> TiePlan:
+    """The plan with shared parameters under their first names, which all that follows goes by."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def renamed(tie: Tie) -> Tie:
+        return Tie(tuple(Member(names.get(m.parameter, m.parameter), m.groups) for m in tie.members), tie.partition)
+
+    return TiePlan([renamed(tie) for tie in plan], plan.provenance)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -79,17 +79,25 @@ def smallest_within(
 ) -> TiePlan:
     """Return a plan whose score is within `max_drop` of the score at no distortion, the most distorted one found."""
     low, high, best = 0.0, 1.0, plan_at(0.0)
-    target = validate(best) - max_drop
+    target = _score(validate, best) - max_drop
     if math.isnan(target):
         raise PlanError("validate: expected a score, got NaN for the plan without ties; return a number")
     for _ in range(8):
         middle = (low + high) / 2
         plan = plan_at(middle)
-        if validate(plan) >= target:
+        if _score(validate, plan) >= target:
             low, best = middle, plan
         else:
             high = middle
     return best
+
+
+def _score(validate: Callable[[TiePlan], float], plan: TiePlan) -> float:
+    score = validate(plan)
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"validate: expected a score, got {score!r}; return a number") from error
 
 
 def _merge(candidate: Candidate, distortion: float, method: Method) -> Tie:

@@ -44,15 +44,19 @@ def declare(
           encoder.weight[outputs] ~ decoder.weight[inputs]: 6 groups → 3 values, 0 pruned
     """
     parameters = dict(model.named_parameters())
-    ties = [Tie.of(name, groups, given) for (name, groups), given in (labels or {}).items()]
+    ties = [_labelled(key, given) for key, given in (labels or {}).items()]
     for selectors in equal:
+        if isinstance(selectors, str):
+            raise PlanError(
+                f"equal: expected sets of parameters, got the name {selectors!r}; write equal=[[{selectors!r}, ...]]"
+            )
         members = [member for selector in selectors for member in _select(model, selector)]
         if len(members) < 2:
             raise PlanError(
                 f"equal: expected at least two parameters for {_listed(selectors)}, got {len(members)}; "
                 "widen the pattern"
             )
-        counts = [member.groups.shape(parameters[member.parameter].shape)[0] for member in members]
+        counts = [member.shape(parameters)[0] for member in members]
         if len(set(counts)) > 1:
             raise PlanError(
                 f"{' ~ '.join(map(str, members))}: expected as many groups in each, got {counts}; "
@@ -70,6 +74,15 @@ def declare(
     return plan
 
 
+def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
+    if not isinstance(key, tuple) or len(key) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        raise PlanError(
+            f"labels: expected a parameter's name and its Groups as key, got {key!r}; "
+            "write for instance ('fc1.weight', Groups.inputs())"
+        )
+    return Tie.of(*key, labels)
+
+
 def _select(model: nn.Module, selector: Selector) -> list[Member]:
     pattern, groups = selector if isinstance(selector, tuple) else (selector, Groups.whole())
     if isinstance(pattern, str):
@@ -81,7 +94,8 @@ def _select(model: nn.Module, selector: Selector) -> list[Member]:
     if not names:
         available = ", ".join(name for name, _ in model.named_parameters())
         raise PlanError(
-            f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has {available}"
+            f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has "
+            f"{available}: name one of them"
         )
     return [Member(name, groups) for name in names]
 

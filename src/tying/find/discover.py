@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,9 +17,7 @@ from tying.find.clusters import LINKAGES, Method, check_method, cluster
 from tying.groups import Groups, group_norms
 from tying.plan import Member, Tie, TiePlan
 
-T = TypeVar("T")
-
-PerMember = T | Mapping[str | tuple[str, Groups], T]
+PerMember = int | None | Mapping[str | tuple[str, Groups], int | None]
 """One value for all members, or one each: keyed by parameter name, or by (parameter name, Groups)."""
 
 
@@ -26,8 +25,8 @@ def discover(
     model: nn.Module,
     groups: Mapping[str, Groups | tuple[Groups, ...]],
     *,
-    clusters: PerMember[int | None] = None,
-    keep: PerMember[int | None] = None,
+    clusters: PerMember = None,
+    keep: PerMember = None,
     support: float = 0.05,
     distortion: float | None = None,
     ratio: float | None = None,
@@ -87,6 +86,7 @@ def discover(
             f"clusters, {', '.join(budgets)}: expected at most one of them, got several; choose one way to decide"
         )
     check_method(method)
+    _check_budget(distortion, ratio, bytes_, max_drop)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     members = _members(groups, parameters)
     most = _per_member(keep, members, "keep")
@@ -117,21 +117,34 @@ def discover(
         return least(plan_at, lambda plan: count_values(plan, parameters) * ratio <= total, f"ratio={ratio:g}")
     if bytes_ is not None:
         return least(plan_at, lambda plan: count_bytes(plan, parameters) <= bytes_, f"bytes_={bytes_}")
-    if distortion is None or not 0 <= distortion <= 1:
+    return plan_at(cast("float", distortion))
+
+
+def _check_budget(distortion: float | None, ratio: float | None, bytes_: int | None, max_drop: float) -> None:
+    if distortion is not None and not 0 <= distortion <= 1:
         raise PlanError(f"distortion: expected a share in [0, 1], got {distortion}; 0.2 is a good start")
-    return plan_at(distortion)
+    for name, value, hint in (("ratio", ratio, "24 is 24 times fewer"), ("bytes_", bytes_, "20000 is 20 kB")):
+        if value is not None and not 1 <= value < math.inf:
+            raise PlanError(f"{name}: expected a finite number ≥ 1, got {value}; {hint}")
+    if not 0 <= max_drop < math.inf:
+        raise PlanError(f"max_drop: expected a finite number ≥ 0, got {max_drop}; in units of the score")
 
 
 def _members(groups: Mapping[str, Groups | tuple[Groups, ...]], parameters: Mapping[str, Tensor]) -> list[Member]:
-    if not groups:
+    if not isinstance(groups, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlanError(
-            "groups: expected at least one parameter, got none; name one, as {'fc1.weight': Groups.inputs()}"
+            f"groups: expected Groups by parameter name, got {type(groups).__name__}; "
+            "write for instance {'fc1.weight': Groups.inputs()}"
         )
     members = [
         Member(name, kind)
         for name, kinds in groups.items()
         for kind in sorted((kinds,) if isinstance(kinds, Groups) else kinds, key=lambda kind: kind != Groups.outputs())
     ]
+    if not members:
+        raise PlanError(
+            "groups: expected at least one parameter, got none; name one, as {'fc1.weight': Groups.inputs()}"
+        )
     for member in members:
         _check(member, parameters)
     return members
@@ -185,7 +198,7 @@ def _check(member: Member, parameters: Mapping[str, Tensor]) -> None:
             f"{member.parameter}: expected a parameter of the model, got none of that name; "
             f"the model has {', '.join(parameters) or 'no parameters'}: name one of them"
         )
-    member.groups.shape(parameter.shape)
+    member.shape(parameters)
     if not parameter.is_floating_point() or not torch.isfinite(parameter).all():
         raise PlanError(
             f"{member.parameter}: expected finite floating-point weights, got {parameter.dtype} with "
@@ -204,16 +217,17 @@ def _labels(
         raise PlanError(f"{candidate.member}: {error}") from error
 
 
-def _per_member(given: PerMember[T], members: list[Member], name: str) -> dict[Member, T | None]:
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(members, given)
-    result: dict[Member, T | None] = dict.fromkeys(members)
-    for key, value in given.items():  # pyright: ignore[reportUnknownVariableType]
+def _per_member(given: PerMember, members: list[Member], name: str) -> dict[Member, int | None]:
+    by_key = given if isinstance(given, Mapping) else dict.fromkeys([m.parameter for m in members], given)
+    result: dict[Member, int | None] = dict.fromkeys(members)
+    for key, value in by_key.items():
         matching = [m for m in members if key in (m.parameter, (m.parameter, m.groups))]
         if not matching:
             raise PlanError(
                 f"{name}: expected keys among {', '.join(map(str, members))}, got {key!r}; "
                 "name a parameter, or a (parameter, Groups) pair, that `groups` names too"
             )
+        if value is not None and not isinstance(value, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"{name}: expected a whole number or None, got {value!r}; round it")
         result.update(dict.fromkeys(matching, value))
     return result
