@@ -62,3 +62,14 @@ def test_a_constant_must_be_the_same_in_every_call() -> None:
             layer.bias[:] = torch.tensor(values)
     readings = find_constants(model, torch.randn(2, 2)).readings
     assert {key: reading.value for key, reading in readings.items()} == {("reader.weight", 1, 0): 1.0}
+
+
+def test_inputs_may_be_nested() -> None:
+    def forward(m: nn.Module, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return m.reader(torch.relu(m.one(pair[0]))) + pair[1]
+
+    model = Net(forward, one=nn.Linear(2, 3), reader=nn.Linear(3, 2))
+    with torch.no_grad():
+        model.one.weight[1], model.one.bias[1] = 0, 0.5
+    readings = find_constants(model, ((torch.randn(2, 2), torch.randn(2, 2)),)).readings
+    assert {key: reading.value for key, reading in readings.items()} == {("reader.weight", 1, 1): 0.5}

@@ -264,6 +264,12 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "ran").exists(), "the pickle has run"
 
 
+def test_a_model_is_refused_and_what_is_no_tensor_passed_over() -> None:
+    with pytest.raises(FileError, match=r"source: expected a path or a state dict, got Linear; pass model.state_dict"):
+        inspect(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
+    assert inspect({**STATE, "_extra_state": {"epoch": 3}}) == inspect(STATE)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("option", ["support", "tolerance"])
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:

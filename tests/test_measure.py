@@ -307,6 +307,8 @@ def test_a_failure_puts_everything_back_too() -> None:
         ({"path": "nowhere.safetensors"}, FileError, "nowhere"),
         ({"evaluate": lambda _: None}, TyingError, "evaluate: expected .* got None"),
         ({"evaluate": lambda _: math.nan}, TyingError, "evaluate: expected .* got nan"),
+        ({"evaluate": lambda _: 98.3}, TyingError, r"evaluate: expected .* \[0, 1\], got 98.3"),
+        ({"example_inputs": [torch.rand(2, 12)]}, TyingError, "example_inputs: expected .* got .*'list'"),
         ({"example_inputs": torch.tensor(3.0)}, TyingError, "example_inputs: expected .* batch"),
         ({"example_inputs": torch.rand(0, 12)}, TyingError, "example_inputs"),
         ({"example_inputs": (torch.rand(2, 12), torch.rand(3, 12))}, TyingError, "example_inputs"),

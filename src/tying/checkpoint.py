@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from tying.errors import FileError
 from tying.sealed import KEY, unseal
+from tying.store import KIND, VERSION
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 """Where training scripts put a state dict beside the optimizer's."""
 
+_BOLD = re.compile(r"\x1b\[\d*m")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -70,8 +73,6 @@ def _safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             f"{path}: expected a whole .safetensors file, got one that can't be read ({error}); "
             "it is truncated or damaged: copy or save it again"
         ) from error
-    from tying.store import KIND, VERSION
-
     yield from unseal(path, kind=KIND, version=VERSION)[0].items()
 
 
@@ -81,7 +82,7 @@ def _state_dict(path: str | Path, *, mapped: bool) -> Iterator[tuple[str, Tensor
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what foreign bytes make of an unpickler can't be listed
-        first = str(error).strip().split("\n")[0]
+        first = _BOLD.sub("", str(error).strip().split("\n")[0])
         raise FileError(
             f"{path}: expected a state dict of plain tensors, got a file that is damaged or would run code "
             f"({type(error).__name__}: {first}); save model.state_dict(), not the model, or use safetensors"

@@ -17,6 +17,8 @@ from torch import Tensor
 from tying.checkpoint import read_tensors
 from tying.errors import FileError, PlanError
 from tying.groups import Groups
+from tying.packing import bits_for
+from tying.state import dtype_name
 
 MOST_COMPARED = 16_384
 """Of more input groups than this, an even sample is compared."""
@@ -137,9 +139,7 @@ def inspect(source: str | Path | Mapping[str, Tensor], *, support: float = 0.05,
     for name, value in (("support", support), ("tolerance", tolerance)):
         if not 0 <= value < 1:
             raise PlanError(f"{name}: expected a number in [0, 1), got {value}; 0.05 is 5 %")
-    tensors: Iterable[tuple[str, Tensor]]
-    tensors = source.items() if isinstance(source, Mapping) else read_tensors(source)
-    label = "state dict" if isinstance(source, Mapping) else str(source)
+    label, tensors = _opened(source)
     findings: list[Findings] = []
     skipped: list[Skipped] = []
     seen: dict[tuple[object, ...], str] = {}
@@ -157,6 +157,17 @@ def inspect(source: str | Path | Mapping[str, Tensor], *, support: float = 0.05,
     return Inspection(label, support, tolerance, tuple(findings), tuple(skipped))
 
 
+def _opened(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Iterable[tuple[str, Tensor]]]:
+    if isinstance(source, str | Path):
+        return str(source), read_tensors(source)
+    if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FileError(
+            f"source: expected a path or a state dict, got {type(source).__name__}; pass model.state_dict()"
+        )
+    # a module's extra state may be anything
+    return "state dict", [(name, value) for name, value in source.items() if isinstance(value, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
+
+
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     """Where the numbers lie: two names of one tensor are one weight."""
     if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
@@ -167,7 +178,7 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 def _unfit(tensor: Tensor, first: str, name: str) -> str | None:
     """Say why a tensor can't be looked at, or None."""
     if not tensor.is_floating_point():
-        return f"{_dtype(tensor)} numbers"
+        return f"{dtype_name(tensor.dtype)} numbers"
     if tensor.dim() < 2:
         return f"{tensor.dim()} dimension{'' if tensor.dim() == 1 else 's'}"
     if tensor.layout is not torch.strided or tensor.is_meta:
@@ -185,10 +196,6 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _look(name: str, tensor: Tensor, support: float, tolerance: float) -> Findings:
     weight = _float(tensor)
     kept_outputs = _kept(Groups.outputs().norms(weight), support)
@@ -201,14 +208,11 @@ def _look(name: str, tensor: Tensor, support: float, tolerance: float) -> Findin
     alike = len(compared) - _distinct(inputs, compared, norms, tolerance)
     distinct = len(kept) - alike
     left = distinct * int(kept_outputs.sum()) * math.prod(tensor.shape[2:])
-    labels = 0
-    if distinct < len(inputs):
-        names = distinct + (len(kept) < len(inputs))
-        labels = math.ceil(len(inputs) * math.ceil(math.log2(names)) / 8) if names else 0
+    bits = bits_for(distinct + (len(kept) < len(inputs))) if distinct < len(inputs) else 0
     return Findings(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=_dtype(tensor),
+        dtype=dtype_name(tensor.dtype),
         inputs=len(inputs),
         zero_inputs=len(inputs) - len(kept),
         alike_inputs=alike,
@@ -218,7 +222,7 @@ def _look(name: str, tensor: Tensor, support: float, tolerance: float) -> Findin
         values=tensor.numel(),
         values_left=left,
         bytes=tensor.numel() * tensor.element_size(),
-        bytes_left=left * tensor.element_size() + labels,
+        bytes_left=left * tensor.element_size() + math.ceil(len(inputs) * bits / 8),
     )
 
 

@@ -70,7 +70,7 @@ def measure(
     Raises:
         PlanError: If the plan does not fit the model, or its weights don't obey it.
         FileError: If there is no file at `path`, or the network holds what a file can't.
-        TyingError: If the example inputs have no common batch, or `evaluate` gives something that is no number.
+        TyingError: If the example inputs have no common batch, or `evaluate` gives something else than an accuracy.
 
     Example:
         >>> from tying.nn import TiedLinear
@@ -166,11 +166,12 @@ def _undisturbed(networks: Sequence[nn.Module]) -> Generator[None]:
 
 def _checked(example_inputs: Inputs) -> tuple[Tensor, ...]:
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    sizes = [x.shape[0] if x.dim() else 0 for x in inputs]
-    if not sizes or min(sizes) < 1 or len(set(sizes)) > 1:
+    shapes = [tuple(getattr(x, "shape", ())) for x in inputs]
+    if len({shape[:1] for shape in shapes}) != 1 or not all(shape and shape[0] for shape in shapes):
         raise TyingError(
-            f"example_inputs: expected tensors with one batch size ≥ 1 in dimension 0, got shapes "
-            f"{[tuple(x.shape) for x in inputs]}; pass a batch as the network takes it"
+            "example_inputs: expected a tensor or a tuple of tensors, with one batch size ≥ 1 in dimension 0, got "
+            f"{[(type(x).__name__, shape) for x, shape in zip(inputs, shapes, strict=True)]}; "
+            "pass a batch as the network takes it"
         )
     return inputs
 
@@ -209,8 +210,8 @@ def _accuracy(evaluate: Callable[[nn.Module], float], network: nn.Module) -> flo
         accuracy = float(value)
     except (TypeError, ValueError):
         accuracy = math.nan
-    if not math.isfinite(accuracy):
+    if not 0 <= accuracy <= 1:
         raise TyingError(
-            f"evaluate: expected a function that gives a finite number, got {value!r}; return the accuracy"
+            f"evaluate: expected a function that gives an accuracy in [0, 1], got {value!r}; return the share of hits"
         )
     return accuracy

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from tying.channels import rules
 from tying.channels.find import trace
@@ -78,12 +79,11 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
     `find_constants` in two steps, where the graph serves twice: for `channels_of` too, or before and after weights
     were set to zero.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = trace(graph)
     reads = {read.call.node: read for read in tracer.readings}
     found: dict[int, Reading | None] = {}
     with torch.no_grad():
-        for call in _computed(graph, inputs):
+        for call in _computed(graph, tree_leaves(example_inputs)):
             if call.node in reads:
                 read = reads[call.node]
                 seen = _constants(call[read.operand], read.axis)
@@ -145,8 +145,8 @@ def _constants(fact: Fact, axis: int) -> list[float | None]:
     ]
 
 
-def _computed(graph: Graph, inputs: tuple[Tensor, ...]) -> Iterator[Call]:
-    """Run the graph, yielding each call with the facts that it is about to use."""
+def _computed(graph: Graph, inputs: Sequence[Any]) -> Iterator[Call]:
+    """Run the graph on the inputs, flat, yielding each call with the facts that it is about to use."""
     given = iter(inputs)
     facts: dict[Node, Any] = {}
     last = {used: node for node in graph.nodes for used in node.all_input_nodes}
