@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
+import tying.cli
 from made_up_result import BARE, example
 from tying import store
 from tying.cli import app
@@ -229,6 +231,37 @@ def test_measure_asks_the_task(task: Path, tmp_path: Path) -> None:
     assert read["model"]["bytes"] == (tmp_path / "small.safetensors").stat().st_size
     assert read["like"]["parameters"] == 12 * 16 + 16 + 16 * 3 + 3
     assert read["like"]["accuracy"] is None, "the dense network is not trained"
+
+
+def test_measure_judges_the_network_as_it_is_used(task: Path, tmp_path: Path) -> None:
+    """In evaluation mode, whether the task sees to that or not; and only an accuracy is one."""
+    text = task.read_text(encoding="utf-8").replace("nn.ReLU()", "nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.9)")
+    careless = tmp_path / "careless.py"
+    careless.write_text(text.replace("model.eval()(x)", "model(x)"), encoding="utf-8")
+    small = load_task(careless).model()
+    store.save(small, tmp_path / "small.safetensors")
+    read = json.loads(run("measure", tmp_path / "small.safetensors", "--task", careless, "--json").stdout)
+    assert read["model"]["accuracy"] == load_task(careless).evaluate(small.eval(), "test")
+    careless.write_text(text.replace(".mean().item()", ".sum().item()"), encoding="utf-8")
+    check_ends_well(run("measure", tmp_path / "small.safetensors", "--task", careless), 1, "evaluate: expected")
+
+
+def imported(source: str) -> set[str]:
+    """What a module takes from the package: `name` for a public name, `tying.room.name` for another."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tying":
+            prefix = "" if node.module == "tying" else f"{node.module}."
+            found |= {prefix + alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "tying"}
+    return found
+
+
+def test_the_command_line_knows_public_names_only() -> None:
+    assert imported(Path(tying.cli.__file__).read_text(encoding="utf-8")) <= set(tying.__all__)
+    for inside in ("from tying.report import ReportData", "import tying.store", "def f():\n from tying import plan"):
+        assert not imported(inside) <= set(tying.__all__)
 
 
 def test_compress_leaves_all_that_it_says(compressed: tuple[Path, Result], task: Path) -> None:

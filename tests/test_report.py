@@ -191,6 +191,10 @@ def test_whatever_carries_the_data_can_be_reported(tmp_path: Path) -> None:
         data = BARE
 
     assert report(Result(), tmp_path / "page.html") == tmp_path / "page.html"
+    BARE.save(tmp_path / "result.json")
+    for kept in (tmp_path, tmp_path / "result.json", str(tmp_path)):
+        again = report(kept, tmp_path / "again.html")
+        assert again.read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
 @pytest.mark.parametrize(

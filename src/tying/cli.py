@@ -85,7 +85,8 @@ Ratio = Annotated[
     float | None, typer.Option(help="How many times fewer parameters: 24.", metavar="F", show_default=False)
 ]
 Bytes = Annotated[
-    int | None, typer.Option("--bytes", help="How large the file may be: 20000.", metavar="N", show_default=False)
+    int | None,
+    typer.Option("--bytes", help="How many bytes the file may have: 20000.", metavar="N", show_default=False),
 ]
 Epochs = Annotated[
     int | None,
@@ -137,7 +138,7 @@ def compress(
         from tying import load_task
 
         result = run(
-            load_task(task) if task is not None else None,
+            load_task(task),
             max_drop=max_drop,
             ratio=ratio,
             bytes_=bytes_,
@@ -209,14 +210,14 @@ def measure(
     with _ending_cleanly(), _only_json(as_json):
         from tying import load, load_task
         from tying import measure as take
-        from tying.compress.digits import Digits
 
-        judge = load_task(task) if task is not None else Digits()
+        judge = load_task(task)
         dense = judge.model()
         small = load(file, dense)
         report = take(small, like=dense, example_inputs=judge.example_inputs(), path=file)
         # the dense network is not trained: only the small one is asked
-        report = replace(report, model=replace(report.model, accuracy=float(judge.evaluate(small, "test"))))
+        asked = take(small, evaluate=lambda network: judge.evaluate(network, "test"), latency=False)
+        report = replace(report, model=replace(report.model, accuracy=asked.model.accuracy))
     typer.echo(report.to_json() if as_json else str(report))
 
 
@@ -242,10 +243,9 @@ def report(
     """
     with _ending_cleanly(), _only_json(as_json):
         from tying import report as draw
-        from tying.report import ReportData
 
-        source = result / RESULT if result.is_dir() else result
-        page = draw(ReportData.load(source), out if out is not None else source.parent / PAGE)
+        folder = result if result.is_dir() else result.parent
+        page = draw(result, out if out is not None else folder / PAGE)
     if as_json:
         _print_json({"page": str(page)})
     else:

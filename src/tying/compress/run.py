@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tying.atomic import write_atomically
 from tying.channels.find import find_channels
-from tying.compress.digits import Digits
 from tying.compress.fits import FOLDER, Fits
+from tying.compress.load import load_task
 from tying.compress.progress import Progress
 from tying.compress.search import STRENGTHS, Attempt, Search
 from tying.compress.summary import Asked, CompressResult, Kind, summarise
@@ -72,7 +72,7 @@ def compress(
         True
     """
     budget = _budget(max_drop, ratio, bytes_)
-    chosen: Task = Digits() if task is None else task
+    chosen = load_task() if task is None else task
     check_task(chosen, name_of(chosen))
     rounds = _epochs(chosen, epochs)
     folder = _open(out, chosen, seed, rounds)
@@ -128,7 +128,6 @@ def _open(out: str | Path | None, task: Task, seed: int, epochs: int) -> Path | 
     if out is None:
         return None
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     run = {"task": name_of(task), "source": _digest(task), "seed": seed, "epochs": epochs, "tying": __version__}
     record = folder / "run.json"
     if record.is_file():
@@ -143,7 +142,11 @@ def _open(out: str | Path | None, task: Task, seed: int, epochs: int) -> Path | 
                 f"{folder}: expected a new folder or one of the same run {run}, got {begun}; "
                 "choose another folder, or delete this one to begin anew"
             )
-    write_atomically(record, json.dumps(run, indent=2).encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(run, indent=2).encode())
+    except OSError as error:
+        raise FileError(f"out: expected a folder to write to, got {folder} ({error}); choose another one") from error
     return folder
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
@@ -62,6 +59,10 @@ def check_task(task: Any, name: str) -> Task:
     Raises:
         TaskError: Names every function that is missing and how to write it.
     """
+    if inspect.isclass(task):
+        raise TaskError(
+            f"{name}: expected a task, got the class {task.__name__}; pass one made of it: {task.__name__}()"
+        )
     missing = [text for needed, text in NEEDED.items() if not callable(getattr(task, needed, None))]
     if missing:
         raise TaskError(f"{name}: expected a task, got one without " + "; ".join(missing) + ": add what is missing")
@@ -74,27 +75,6 @@ def check_task(task: Any, name: str) -> Task:
             f"let it take {', '.join(refused)} and call the two functions"
         )
     return cast(Task, task)
-
-
-def load_task(path: str | Path) -> Task:
-    """Load a task from a Python file: the module itself, or its global `task` if there is one. The file is run.
-
-    Raises:
-        TaskError: If the file is not there, doesn't run, or lacks a function.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise TaskError(f"{file}: expected a Python file with a task, got none there; give the path of one")
-    spec = importlib.util.spec_from_file_location(f"tying_task_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"{file}: expected a Python file, got something that can't be imported; name it *.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise TaskError(f"{file}: expected a task, got {error!r} when running the file; mend the file") from error
-    return check_task(getattr(module, "task", module), str(file))
 
 
 def takes_stage(task: Task) -> bool:

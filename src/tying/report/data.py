@@ -8,17 +8,15 @@ import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
+from tying.figures import Latency, Report
 from tying.report import words
-
-if TYPE_CHECKING:
-    from tying.measure import Figures, Report
 
 FORMAT = "tying.result/1"
 
@@ -26,16 +24,6 @@ MOST_SIMILAR = 400
 """A similarity matrix of more groups than this is drawn from an even sample of them."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Latency:
-    """The time of one forward pass at one batch size, in seconds: median, and the quartiles as its spread."""
-
-    batch: int
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -225,11 +213,15 @@ class ReportData:
     def load(path: str | Path) -> ReportData:
         """Read what `save` wrote.
 
+        Args:
+            path: The file, or the folder in which `compress` left its `result.json`.
+
         Raises:
             FileError: If the file is not there or is not a result.
         """
+        path = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
         try:
-            return ReportData.from_json(Path(path).read_text(encoding="utf-8"))
+            return ReportData.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(
                 f"{path}: expected the result.json of `tying compress`, got {error!r}; run `tying compress` to make one"
@@ -259,7 +251,7 @@ def measures(report: Report, *, validation: tuple[float, float] | None = None) -
             stored_bytes=report.parameter_bits / 8,
             file_bytes=dense.plain_bytes,
             operations=dense.operations,
-            latency=_latencies(dense),
+            latency=dense.latency,
             accuracy=dense.accuracy,
             validation=before,
         ),
@@ -272,15 +264,11 @@ def measures(report: Report, *, validation: tuple[float, float] | None = None) -
             stored_ratio=report.stored,
             file_ratio=report.file,
             operations=small.operations,
-            latency=_latencies(small),
+            latency=small.latency,
             accuracy=small.accuracy,
             validation=after,
         ),
     )
-
-
-def _latencies(figures: Figures) -> tuple[Latency, ...]:
-    return tuple(Latency(batch, t.median, t.low, t.high) for batch, t in (figures.latency or {}).items())
 
 
 def similarities(

@@ -70,18 +70,20 @@ class LayerSection:
     norms: Picture | None
 
 
-def report(result: ReportData | HasReportData, path: str | Path) -> Path:
+def report(result: ReportData | HasReportData | str | Path, path: str | Path) -> Path:
     """Write the page of a result: one self-contained HTML file, with its pictures inside.
 
     Args:
-        result: The data of the page, or the result of `compress`, which carries it.
+        result: The data of the page; the result of `compress`, which carries it; or the `result.json` that `compress`
+            left, or the folder it is in.
         path: Where to write. The file appears whole or not at all.
 
     Returns:
         The path.
 
     Raises:
-        TyingError: If matplotlib or Jinja2 is not installed, or the folder is not there.
+        FileError: If the result is a path, and there is no result.
+        TyingError: If matplotlib or Jinja2 is not installed, or the folder of the page is not there.
 
     Example:
         >>> import tempfile
@@ -92,6 +94,8 @@ def report(result: ReportData | HasReportData, path: str | Path) -> Path:
         >>> "digits" in page and "1,000" in page
         True
     """
+    if isinstance(result, (str, Path)):
+        result = ReportData.load(result)
     data = result if isinstance(result, ReportData) else result.data
     content = render(data).encode()
     try:
