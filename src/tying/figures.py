@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,8 +14,9 @@ BATCHES = (1, 256)
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass on one thread: the median of the rounds and its quartiles."""
+    """Seconds of one forward pass of a batch on one thread: the median of the rounds and its quartiles."""
 
+    batch: int
     median: float
     low: float
     high: float
@@ -44,8 +44,8 @@ class Figures:
     operations: int | None = None
     """Multiply-adds of one forward pass at batch 1, from `torch.utils.flop_counter` (which counts products, so not
     the additions that sum tied inputs)."""
-    latency: Mapping[int, Latency] | None = None
-    """By batch size."""
+    latency: tuple[Latency, ...] = ()
+    """One for each batch size; empty: not asked."""
     accuracy: float | None = None
 
 
@@ -121,9 +121,7 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 
 def _figures(read: dict[str, Any]) -> Figures:
-    figures, latency = Figures(**read), read["latency"]
-    timed = None if latency is None else {int(batch): Latency(**each) for batch, each in latency.items()}
-    return replace(figures, latency=timed)
+    return replace(Figures(**read), latency=tuple(Latency(**each) for each in read["latency"]))
 
 
 def _table(report: Report) -> str:
@@ -166,7 +164,7 @@ def _table(report: Report) -> str:
 
 
 def _at(figures: Figures | None, batch: int) -> Latency | None:
-    return figures.latency.get(batch) if figures and figures.latency else None
+    return next((each for each in figures.latency if each.batch == batch), None) if figures else None
 
 
 def _count(value: int | None) -> str:

@@ -86,10 +86,8 @@ def measure(
         if inputs is not None:
             figures = [replace(f, operations=_operations(n, inputs)) for f, n in zip(figures, networks, strict=True)]
         if inputs is not None and latency:
-            by_batch = {batch: _latencies(networks, _batch(inputs, batch)) for batch in BATCHES}
-            figures = [
-                replace(f, latency={batch: each[i] for batch, each in by_batch.items()}) for i, f in enumerate(figures)
-            ]
+            timed = [_latencies(networks, inputs, batch) for batch in BATCHES]
+            figures = [replace(f, latency=each) for f, each in zip(figures, zip(*timed, strict=True), strict=True)]
         if evaluate is not None:
             figures = [
                 replace(f, accuracy=_accuracy(evaluate, n.eval())) for f, n in zip(figures, networks, strict=True)
@@ -188,11 +186,12 @@ def _operations(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-def _latencies(networks: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[Latency]:
+def _latencies(networks: Sequence[nn.Module], inputs: tuple[Tensor, ...], batch: int) -> list[Latency]:
     """Time the networks in turn, so that what disturbs the machine disturbs all of them."""
     from torch.utils.benchmark import Timer  # slow to import
 
-    timers = [Timer("network(*inputs)", globals={"network": n, "inputs": inputs}, num_threads=1) for n in networks]
+    given = {"inputs": _batch(inputs, batch)}
+    timers = [Timer("network(*inputs)", globals={"network": n, **given}, num_threads=1) for n in networks]
     rounds: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
         once = [timer.timeit(1).mean for timer in timers]
@@ -201,7 +200,7 @@ def _latencies(networks: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> lis
         while len(rounds[0]) < _LEAST or (len(rounds[0]) < _ROUNDS and time.perf_counter() < end):
             for timer, repeat, taken in zip(timers, repeats, rounds, strict=True):
                 taken.append(timer.timeit(repeat).mean)
-    return [Latency(*(float(np.percentile(taken, q)) for q in (50, 25, 75))) for taken in rounds]
+    return [Latency(batch, *(float(np.percentile(taken, q)) for q in (50, 25, 75))) for taken in rounds]
 
 
 def _accuracy(evaluate: Callable[[nn.Module], float], network: nn.Module) -> float:
