@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tying import words
 from tying.errors import TyingError
 
 BATCHES = (1, 256)
@@ -78,17 +80,17 @@ class Report:
     @property
     def unique(self) -> float | None:
         """P ÷ unique non-zero numbers."""
-        return ratio(self.parameters, self.model.values)
+        return words.ratio(self.parameters, self.model.values)
 
     @property
     def stored(self) -> float | None:
         """Bits of P ÷ bits of the unique set with its labels."""
-        return ratio(self.parameter_bits, self.model.bits)
+        return words.ratio(self.parameter_bits, self.model.bits)
 
     @property
     def file(self) -> float | None:
         """Bytes of the plain file of `like` ÷ bytes of the model's file."""
-        return ratio((self.like or self.model).plain_bytes, self.model.bytes)
+        return words.ratio((self.like or self.model).plain_bytes, self.model.bytes)
 
     def to_json(self) -> str:
         """Return everything, ratios too, as JSON; `from_json` is the inverse."""
@@ -115,11 +117,6 @@ class Report:
         return _table(self)
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
-    """Return numerator ÷ denominator, None where that is 0."""
-    return numerator / denominator if denominator else None
-
-
 def _figures(read: dict[str, Any]) -> Figures:
     return replace(Figures(**read), latency=tuple(Latency(**each) for each in read["latency"]))
 
@@ -129,33 +126,19 @@ def _table(report: Report) -> str:
     base = like or model
     rows = [
         ("", "model", "like" if like else "itself, plain", "ratio"),
-        ("parameters", _count(model.parameters), _count(base.parameters), _times(base.parameters, model.parameters)),
-        (
-            "unique non-zero values",
-            _count(model.values),
-            _count(base.parameters),
-            _times(base.parameters, model.values),
-        ),
-        (
-            "stored, labels counted",
-            _size(model.bits / 8),
-            _size(report.parameter_bits / 8),
-            _times(report.parameter_bits, model.bits),
-        ),
-        ("file", _size(model.bytes), _size(base.plain_bytes), _times(base.plain_bytes, model.bytes)),
-        (
-            "operations",
-            _count(model.operations),
-            _count(like and like.operations),
-            _times(like and like.operations, model.operations),
-        ),
+        ("parameters", *_compared(words.count, model.parameters, base.parameters)),
+        ("unique non-zero values", *_compared(words.count, model.values, base.parameters)),
+        ("stored, labels counted", *_compared(words.size, model.bits / 8, report.parameter_bits / 8)),
+        ("file", *_compared(words.size, model.bytes, base.plain_bytes)),
+        ("operations", *_compared(words.count, model.operations, like and like.operations)),
     ]
     for batch in BATCHES:
         mine, theirs = _at(model, batch), _at(like, batch)
-        times = _times(theirs and theirs.median, mine and mine.median)
+        times = words.times(words.ratio(theirs and theirs.median, mine and mine.median))
         rows.append((f"latency, batch {batch}", _time(mine), _time(theirs), times))
     dense = like.accuracy if like else None
-    rows.append(("accuracy", _percent(model.accuracy), _percent(dense), _points(model.accuracy, dense)))
+    change = None if model.accuracy is None or dense is None else model.accuracy - dense
+    rows.append(("accuracy", words.percent(model.accuracy), words.percent(dense), words.points(change)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -163,33 +146,14 @@ def _table(report: Report) -> str:
     )
 
 
+def _compared(write: Callable[[float | None], str], small: float | None, large: float | None) -> tuple[str, str, str]:
+    return write(small), write(large), words.times(words.ratio(large, small))
+
+
 def _at(figures: Figures | None, batch: int) -> Latency | None:
     return next((each for each in figures.latency if each.batch == batch), None) if figures else None
 
 
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _times(numerator: float | None, denominator: float | None) -> str:
-    return "–" if numerator is None or not denominator else f"{numerator / denominator:.2f}×"
-
-
-def _size(value: float) -> str:
-    return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
-
-
 def _time(latency: Latency | None) -> str:
     """The median and the interquartile range."""
-    if latency is None:
-        return "–"
-    factor, unit = (1e3, "ms") if latency.median >= 1e-3 else (1e6, "µs")
-    return f"{latency.median * factor:.3g} {unit} (IQR {latency.spread * factor:.2g})"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value * 100:.2f} %"
-
-
-def _points(value: float | None, base: float | None) -> str:
-    return "–" if value is None or base is None else f"{(value - base) * 100:+.2f} points"
+    return "–" if latency is None else f"{words.seconds(latency.median)} (IQR {words.seconds(latency.spread)})"

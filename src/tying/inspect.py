@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tying import words
 from tying.checkpoint import read_tensors
 from tying.errors import FileError, PlanError
 from tying.groups import Groups
@@ -130,8 +131,8 @@ def inspect(source: str | Path | Mapping[str, Tensor], *, support: float = 0.05,
         >>> print(inspect({"fc.weight": torch.tensor([[1.0, 1.0, 0.0, 3.0], [2.0, 2.0, 0.0, 4.0]])}))
         state dict
         weight     shape  inputs  zero  alike  outputs  zero  values  left  smaller
-        fc.weight  2×4         4     1      1        2     0       8     4     1.9×
-        total                                                      8     4     1.9×
+        fc.weight  2×4         4     1      1        2     0       8     4    1.88×
+        total                                                      8     4    1.88×
         zero: norm ≤ 0.05 of the weight's largest.
         alike: distance to another input ≤ 0.05 of that one's norm.
         smaller: in bytes, labels counted. Nothing was trained or removed: compact, then measure the accuracy.
@@ -312,7 +313,7 @@ def _line(found: Findings) -> tuple[str, ...]:
 
 
 def _times(sizes: Findings | Inspection) -> str:
-    return f"{sizes.bytes / sizes.bytes_left:.1f}×" if sizes.bytes_left else "all"
+    return words.times(words.ratio(sizes.bytes, sizes.bytes_left)) if sizes.bytes_left else "all"
 
 
 def _reasons(skipped: tuple[Skipped, ...]) -> str:

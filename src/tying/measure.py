@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike
 from safetensors.torch import save as encode_plainly
 from torch import Tensor, nn
 
+from tying import words
 from tying.errors import FileError, PlanError, TyingError
-from tying.figures import BATCHES, Figures, Latency, Report, ratio
+from tying.figures import BATCHES, Figures, Latency, Report
 from tying.groups import Groups
 from tying.plan import Partition, Tie, TiePlan
 from tying.state import collect
@@ -125,7 +126,7 @@ def sharing(weight: Tensor, groups: Groups, labels: ArrayLike | Partition, *, or
             "pass the numbers in the layer before it was made smaller"
         )
     kept = int(torch.count_nonzero(weight))
-    return Sharing(1 - kept / total if total else 0.0, ratio(kept, unique), ratio(total, unique))
+    return Sharing(1 - kept / total if total else 0.0, words.ratio(kept, unique), words.ratio(total, unique))
 
 
 def _sizes(network: nn.Module, plan: TiePlan | None, path: str | Path | None) -> Figures:

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tying import words
 from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
 from tying.figures import Latency, Report
-from tying.report import words
 
 FORMAT = "tying.result/1"
 

@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from tying import words
 from tying.atomic import write_atomically
 from tying.errors import TyingError
-from tying.report import words
 from tying.report.data import Layer, Measures, ReportData
 from tying.report.definitions import definitions
 
