@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from tying.groups import Groups
-from tying.penalties import GrOWL
-from tying.train.proximal import proximal
+import tying
+from tying import Groups, GrOWL
 
 torch.manual_seed(0)
 digits = load_digits()
@@ -25,7 +24,7 @@ loader = DataLoader(TensorDataset(pixels.float(), labels), batch_size=32, shuffl
 model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
 
-handle = proximal(optimizer, model, {"0.weight": GrOWL(strength=2e-2)}, every="epoch")
+handle = tying.proximal(optimizer, model, {"0.weight": GrOWL(strength=2e-2)}, every="epoch")
 for epoch in range(60):
     for x, y in loader:
         optimizer.zero_grad()
