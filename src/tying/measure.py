@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tying import words
 from tying.errors import FileError, PlanError, TyingError
+from tying.evaluation import evaluating
 from tying.figures import BATCHES, Figures, Latency, Report
 from tying.groups import Groups
 from tying.plan import Partition, Tie, TiePlan
@@ -90,9 +91,7 @@ def measure(
             timed = [_latencies(networks, inputs, batch) for batch in BATCHES]
             figures = [replace(f, latency=each) for f, each in zip(figures, zip(*timed, strict=True), strict=True)]
         if evaluate is not None:
-            figures = [
-                replace(f, accuracy=_accuracy(evaluate, n.eval())) for f, n in zip(figures, networks, strict=True)
-            ]
+            figures = [replace(f, accuracy=_accuracy(evaluate, n)) for f, n in zip(figures, networks, strict=True)]
     bits = sum(p.numel() * p.element_size() * 8 for p in networks[-1].parameters())
     return Report(figures[0], figures[1] if like is not None else None, bits)
 
@@ -149,18 +148,13 @@ def _sizes(network: nn.Module, plan: TiePlan | None, path: str | Path | None) ->
 @contextlib.contextmanager
 def _undisturbed(networks: Sequence[nn.Module]) -> Generator[None]:
     """Evaluation mode; afterwards the modes, the threads and torch's random state are as they were."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
     devices = {p.device.index for network in networks for p in network.parameters() if p.device.type == "cuda"}
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with evaluating(*networks), torch.random.fork_rng(devices=sorted(devices)):
         try:
-            for network in networks:
-                network.eval()
             yield
         finally:
             torch.set_num_threads(threads)
-            for module, training in modes:
-                module.training = training
 
 
 def _checked(example_inputs: Inputs) -> tuple[Tensor, ...]:

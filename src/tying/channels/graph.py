@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from tying.errors import CompactError
+from tying.evaluation import evaluating
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     from torch.export import export as torch_export
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with _evaluating(model), torch.enable_grad(), warnings.catch_warnings():  # without gradients, attention is fused
+    with evaluating(model), torch.enable_grad(), warnings.catch_warnings():  # without gradients, attention is fused
         warnings.simplefilter("ignore")
         try:
             whole = torch_export(model, inputs, strict=False)
@@ -141,19 +141,6 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     dropped = () if program is whole else _feeding_nothing(whole.graph)
     unread = frozenset(sources[name].name for name in dropped) & frozenset(tensors)
     return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """Set the flags only: a `train` that the user wrote may do more."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _is_functional(graph: fx.Graph) -> bool:
