@@ -25,10 +25,9 @@ TASKS = {"digits": None, "mnist": Path(__file__).parent / "mnist_task.py"}
 
 def run(task: str, seed: int, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    file = TASKS[task]
     begun = time.perf_counter()
     result = tying.compress(
-        tying.load_task(file) if file else None,
+        tying.load_task(TASKS[task]),
         max_drop=MAX_DROP,
         seed=seed,
         out=folder / f"{task}-{seed}",
