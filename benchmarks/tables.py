@@ -85,7 +85,7 @@ def speed(compacted: dict[str, Any], stage_one: dict[str, Any]) -> Iterator[str]
             f"**{timing['faster']['median']:.1f}×** faster than dense (by operations: {compacted['ideal']:.0f}×)."
         )
     once, always = (stage_one["ratio"][each]["median"] for each in ("per epoch", "per step"))
-    yield f"- One epoch of stage one, prox once per epoch: {once:.3f}× an epoch without; after each step: {always:.2f}×."
+    yield f"- One epoch of stage one, with a prox at its end: {once:.3f}× one without; after each step: {always:.2f}×."
 
 
 def _accuracy(line: dict[str, Any]) -> str:
