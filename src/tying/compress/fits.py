@@ -16,10 +16,10 @@ from safetensors.torch import save as encode
 from torch import nn
 from torch.optim import Optimizer
 
-from tying.atomic import write_atomically
 from tying.compress.progress import Progress
 from tying.compress.task import Stage, Task, takes_stage
 from tying.errors import FileError, TaskError
+from tying.files.atomic import write_atomically
 from tying.groups import Groups
 from tying.penalties.norms import Penalty
 from tying.plan import TiePlan
@@ -99,16 +99,17 @@ class Fits:
         self._reseed(name)
         history: list[float] = []
         rates = _Rates(model)
-        handles: list[ProximalHandle] = []
+        handles: dict[ProximalHandle, int] = {}
 
         def on_step(optimizer: Optimizer) -> None:
             rates.add(optimizer)
             if rules and not handles:
-                handles.append(proximal(optimizer, model, rules, every="epoch"))
+                handles[proximal(optimizer, model, rules, every="epoch")] = rates.steps
 
         def on_epoch(epoch: int) -> None:
-            for handle in handles:
-                handle.epoch_end()
+            for handle, since in handles.items():
+                if rates.steps > since:  # an epoch of one step, at whose end the handle was made
+                    handle.epoch_end()
             history.append(self.accuracy(model))
             self.progress.epoch(name, f"epoch {epoch + 1}/{self.epochs}  {history[-1]:.2%}{_left(model, rules)}")
 

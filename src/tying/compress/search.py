@@ -154,7 +154,7 @@ class Search:
             except (PlanError, CompactError) as error:  # noqa: PERF203
                 refused.append(error)
         if not found:
-            raise refused[-1]
+            raise refused[0]  # of the dense network: of the others, a penalty may have left nothing
         return found
 
     def _attempt(self, source: Source, ratio: float, *, keep: bool = True) -> Attempt:

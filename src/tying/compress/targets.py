@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,11 +33,11 @@ def find_targets(model: nn.Module, channels: Channels) -> Targets:
     Raises:
         TaskError: If the network has no linear or convolution layer to work on.
     """
-    known = dict(model.named_parameters())  # a shared weight has one name there
+    alone = _unshared(model)
     layers = {
         weight: module
         for name, module in model.named_modules()
-        if (weight := f"{name}.weight".removeprefix(".")) in known
+        if (weight := f"{name}.weight".removeprefix(".")) in alone
         and type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and getattr(module, "groups", 1) == 1
     }
@@ -108,6 +108,13 @@ def compacted_size(plan: TiePlan, model: nn.Module, channels: Channels) -> Size:
             shape[1], bits = tie.partition.classes, bits + label_bits(tie)
         values += math.prod(shape)
     return Size(values, (bits + 7) // 8)
+
+
+def _unshared(model: nn.Module) -> set[str]:
+    """The names of the parameters that stand in one place: what several layers share, they would have to tie alike."""
+    names = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    places = Counter(identity for _, identity in names)
+    return {name for name, identity in names if places[identity] == 1}
 
 
 def _made_zero(channel: Channel, labels: Labels, parameters: Mapping[str, Tensor]) -> bool:
