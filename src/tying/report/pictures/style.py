@@ -11,7 +11,6 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-POINTS_PER_INCH = 72
 PIXELS_PER_INCH = 96
 
 
