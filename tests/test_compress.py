@@ -490,14 +490,14 @@ def stirred(name: str) -> tuple[nn.Module, Tensor, Channels]:
 
 
 def random_plan(model: nn.Module, channels: Channels) -> TiePlan:
-    """Labels at random, over what `compress` ties and prunes; one group always stays."""
+    """Labels at random, over what `compress` ties and prunes."""
     random = np.random.default_rng(0)
     ties: list[Tie] = []
     for name, kinds in find_targets(model, channels).items():
         for groups in kinds:
             number = groups.shape(model.get_parameter(name).shape)[0]
             pruned = random.random(number) < random.choice([0.2, 0.6])
-            pruned[random.integers(number)] = False
+            pruned[0] = False  # else a layer could be left with what its neighbours pruned
             labels = np.arange(number) if groups == OUTPUTS else random.integers(0, random.integers(1, 9), number)
             ties.append(Tie.of(name, groups, np.where(pruned, -1, labels)))
     return TiePlan(ties)
