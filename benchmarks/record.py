@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tying.atomic import write_atomically
+from tying.files.atomic import write_atomically
 
 PACKAGES = ("tying", "torch", "numpy", "scipy", "scikit-learn", "safetensors")
 

@@ -21,9 +21,9 @@ from failing_disk import law_a_full_disk_leaves_the_old_file, law_ctrl_c_leaves_
 from tying import store
 from tying.enforce import compact, tie_
 from tying.errors import FileError, PlanError
+from tying.files.sealed import KEY, seal
 from tying.groups import Groups
 from tying.plan import KIND, VERSION, Member, Partition, Tie, TiePlan
-from tying.sealed import KEY, seal
 
 INPUTS, OUTPUTS = Groups.inputs(), Groups.outputs()
 
@@ -639,7 +639,7 @@ def write(path):
 """
 MANY_BYTES = """
 from pathlib import Path
-from tying.atomic import write_atomically
+from tying.files.atomic import write_atomically
 def write(path):
     write_atomically(path, bytes(100_000_000))
 """

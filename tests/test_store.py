@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from failing_disk import law_a_full_disk_leaves_the_old_file, law_ctrl_c_leaves_the_old_file, small_disk
-from tying import packing, store
+from tying import store
 from tying.enforce import compact, tie_
 from tying.errors import FileError
+from tying.files import packing
+from tying.files.sealed import KEY, seal
 from tying.groups import Groups
 from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 from tying.plan import Member, Partition, Tie, TiePlan
-from tying.sealed import KEY, seal
-from tying.state import same_bits
+from tying.store.state import same_bits
 
 # ---------------------------------------------------------------- labels and bits
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tying import words
-from tying.checkpoint import read_tensors
 from tying.errors import FileError, PlanError
+from tying.files.packing import bits_for
 from tying.groups import Groups
-from tying.packing import bits_for
-from tying.state import dtype_name
+from tying.store.checkpoint import read_tensors
+from tying.store.state import dtype_name
 
 MOST_COMPARED = 16_384
 """Of more input groups than this, an even sample is compared."""

@@ -22,9 +22,9 @@ from tying.evaluation import evaluating
 from tying.figures import BATCHES, Figures, Latency, Report
 from tying.groups import Groups
 from tying.plan import Partition, Tie, TiePlan
-from tying.state import collect
 from tying.store import encode
-from tying.unique import unique_set
+from tying.store.state import collect
+from tying.store.unique import unique_set
 
 Inputs = Tensor | tuple[Tensor, ...]
 _LEAST, _ROUNDS, _SECONDS_A_ROUND, _SECONDS = 3, 9, 0.05, 2.0

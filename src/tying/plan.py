@@ -12,11 +12,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
+from tying.files.atomic import write_atomically
+from tying.files.packing import bits_for
+from tying.files.sealed import seal, unseal
 from tying.groups import Groups
-from tying.packing import bits_for
-from tying.sealed import seal, unseal
 
 KIND, VERSION = "tying.plan", 1
 

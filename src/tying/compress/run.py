@@ -12,7 +12,6 @@ from typing import cast
 
 from torch import Tensor
 
-from tying.atomic import write_atomically
 from tying.channels.find import find_channels
 from tying.compress.fits import FOLDER, Fits
 from tying.compress.load import load_task
@@ -22,6 +21,7 @@ from tying.compress.summary import Asked, CompressResult, Kind, summarise
 from tying.compress.targets import find_targets
 from tying.compress.task import Task, check_task, name_of
 from tying.errors import FileError, TaskError
+from tying.files.atomic import write_atomically
 from tying.store import save
 from tying.version import __version__
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tying import words
-from tying.atomic import write_atomically
 from tying.errors import FileError, PlanError
 from tying.figures import Latency, Report
+from tying.files.atomic import write_atomically
 
 FORMAT = "tying.result/1"
 

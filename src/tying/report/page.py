@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tying import words
-from tying.atomic import write_atomically
 from tying.errors import TyingError
+from tying.files.atomic import write_atomically
 from tying.report.data import Layer, Measures, ReportData
 from tying.report.definitions import definitions
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.atomic import write_atomically
 from tying.enforce.surgery import TIED, Description, describe, rebuild
 from tying.enforce.tie import Gradient, gradients_of, plan_of, tie_, untie_
 from tying.errors import FileError, TyingError
+from tying.files.atomic import write_atomically
+from tying.files.packing import Packed, pack, unpack
+from tying.files.sealed import seal, unseal
 from tying.groups import Groups
-from tying.packing import Packed, pack, unpack
 from tying.plan import Member, Partition, Tie, TiePlan
-from tying.sealed import seal, unseal
-from tying.state import (
+from tying.store.state import (
     EXTRA,
     State,
     View,
@@ -33,7 +33,7 @@ from tying.state import (
     is_dense,
     refuse_lazy,
 )
-from tying.unique import Step, plan_in_force, unique_set
+from tying.store.unique import Step, plan_in_force, unique_set
 
 KIND, VERSION = "tying.model", 1
 

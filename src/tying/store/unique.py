@@ -14,7 +14,7 @@ from tying.enforce.tie import plan_of
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, TiePlan
-from tying.state import State, same_bits
+from tying.store.state import State, same_bits
 
 
 @dataclass(frozen=True)

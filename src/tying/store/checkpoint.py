@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tying.errors import FileError
-from tying.sealed import KEY, unseal
-from tying.store import KIND, VERSION
+from tying.files.sealed import KEY, unseal
+from tying.store.network import KIND, VERSION
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 """Where training scripts put a state dict beside the optimizer's."""

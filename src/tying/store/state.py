@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from tying.enforce.surgery import TIED, owned
 from tying.errors import FileError
-from tying.sealed import bytes_of
+from tying.files.sealed import bytes_of
 
 EXTRA = "_extra_state"
 
