@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tying.errors import PlanError
@@ -162,3 +164,21 @@ def _norms_of_columns(matrix: Tensor) -> Tensor:
         sums[:half] += sums[at_once - half : at_once]
         at_once -= half
     return sums[0].sqrt()
+
+
+def similarity(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how alike the groups of a `(G, D)` matrix are: S_ij = w_i·w_j ÷ max(‖w_i‖², ‖w_j‖²), `(G, G)`.
+
+    1 for equal groups, lower where direction or length differ, 0 for zero groups.
+
+    Source: the clustering of *Learning to Share*, ICLR 2018 (openreview rypT3fb0b).
+
+    Example:
+        >>> import numpy as np
+        >>> similarity(np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+        array([[1. , 0.5, 0. ],
+               [0.5, 1. , 0. ],
+               [0. , 0. , 1. ]])
+    """
+    squares = np.einsum("id,id->i", matrix, matrix)
+    return (matrix @ matrix.T) / np.maximum(np.maximum.outer(squares, squares), np.finfo(np.float64).tiny)

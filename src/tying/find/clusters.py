@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tying.errors import PlanError
+from tying.groups import similarity
 
 Method = Literal["ward", "complete", "average", "cosine", "kmeans", "affinity"]
 LINKAGES = ("ward", "complete", "average", "cosine")
@@ -93,22 +94,6 @@ def check_method(method: str) -> None:
     """Raise `PlanError` unless the method is known."""
     if method not in get_args(Method):
         raise PlanError(f"method: expected one of {get_args(Method)}, got {method!r}; pick one of them")
-
-
-def similarity(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the `(n, n)` similarity of groups: S_ij = w_i·w_j ÷ max(‖w_i‖², ‖w_j‖²), 1 for equal groups.
-
-    Source: the clustering of *Learning to Share*, ICLR 2018 (openreview rypT3fb0b).
-
-    Example:
-        >>> import numpy as np
-        >>> similarity(np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
-        array([[1. , 0.5, 0. ],
-               [0.5, 1. , 0. ],
-               [0. , 0. , 1. ]])
-    """
-    squares = np.einsum("id,id->i", matrix, matrix)
-    return (matrix @ matrix.T) / np.maximum(np.maximum.outer(squares, squares), np.finfo(np.float64).tiny)
 
 
 def _affinity(matrix: NDArray[np.float64], preference: float, seed: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from tying import words
 from tying.errors import FileError, PlanError
 from tying.figures import Latency, Report
 from tying.files.atomic import write_atomically
+from tying.groups import similarity
 
 FORMAT = "tying.result/1"
 
@@ -274,10 +275,7 @@ def measures(report: Report, *, validation: tuple[float, float] | None = None) -
 def similarities(
     matrix: ArrayLike, labels: ArrayLike, *, most: int = MOST_SIMILAR
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
-    """Return how alike the groups kept are, sorted by label: what `Layer.similarity` and its labels hold.
-
-    `S_ij = w_i·w_j / max(‖w_i‖², ‖w_j‖²)`: 1 for equal groups, lower where direction or length differ
-    (Zhang et al., ICLR 2018).
+    """Return the `similarity` of the groups kept, sorted by label: what `Layer.similarity` and its labels hold.
 
     Args:
         matrix: The groups, `(G, D)`.
@@ -297,10 +295,8 @@ def similarities(
     order = kept[np.argsort(names[kept], kind="stable")]
     if len(order) > most:
         order = order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)]
-    inner = groups[order] @ groups[order].T
-    squares = np.diag(inner)
-    ratio = np.round(inner / np.maximum(squares[:, None], squares[None, :]), 2)
-    return tuple(tuple(map(float, line)) for line in ratio), tuple(map(int, names[order]))
+    rounded = np.round(similarity(groups[order]), 2)
+    return tuple(tuple(map(float, line)) for line in rounded), tuple(map(int, names[order]))
 
 
 def _check_layer(layer: Layer) -> None:
