@@ -73,3 +73,13 @@ def test_inputs_may_be_nested() -> None:
         model.one.weight[1], model.one.bias[1] = 0, 0.5
     readings = find_constants(model, ((torch.randn(2, 2), torch.randn(2, 2)),)).readings
     assert {key: reading.value for key, reading in readings.items()} == {("reader.weight", 1, 1): 0.5}
+
+
+def test_where_the_largest_stands_is_no_constant() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        _, places = nn.functional.max_pool1d(x, 2, return_indices=True)
+        return m.reader(places.to(x.dtype))
+
+    model = Net(forward, reader=nn.Linear(2, 2))
+    first_is_largest = torch.tensor([[[2.0, 1.0, 1.0, 2.0]], [[3.0, 1.0, 1.0, 2.0]]])
+    assert not find_constants(model, first_is_largest).readings

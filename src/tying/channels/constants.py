@@ -212,13 +212,19 @@ def _mask_for(call: Call) -> Mask | None:
     if rules.CONVOLUTIONS.fullmatch(call.name):
         return _product
     if rules.WINDOWS.fullmatch(call.name) and "bicubic" not in call.name:  # bicubic weights cancel each other
-        return _moved
+        return _pooled
     return _elementwise if call.pointwise else None
 
 
 def _moved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     changed = {"value": 0} if call.name in ("pad", "constant_pad_nd") else {}
     return _run(call, lambda fact: fact.varies.double(), **changed)
+
+
+def _pooled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """Where the largest one stands varies with any of them."""
+    values = _moved(call, facts)[0]
+    return [values, *[torch.ones(1)] * (len(call.outputs) - 1)]
 
 
 def _elementwise(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
