@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -83,3 +85,18 @@ def test_where_the_largest_stands_is_no_constant() -> None:
     model = Net(forward, reader=nn.Linear(2, 2))
     first_is_largest = torch.tensor([[[2.0, 1.0, 1.0, 2.0]], [[3.0, 1.0, 1.0, 2.0]]])
     assert not find_constants(model, first_is_largest).readings
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.reader(nn.functional.prelu(-m.ones, x[0])),
+        lambda m, x: m.reader(nn.functional.batch_norm(m.ones, m.zeros, m.ones[0], m.ones[0], x[0])),
+    ],
+    ids=["slope", "shift"],
+)
+def test_a_scale_that_is_computed_makes_no_constant(forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    model = Net(forward, reader=nn.Linear(2, 2))
+    model.register_buffer("ones", torch.ones(3, 2))
+    model.register_buffer("zeros", torch.zeros(2))
+    assert not find_constants(model, torch.ones(1, 2)).readings

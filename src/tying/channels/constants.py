@@ -252,12 +252,23 @@ def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 def _scaled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     """Normalisation channel by channel: a channel whose weight is zero is its bias."""
     value, weight = call["input"], call["weight"]
+    if _others_vary(value, facts):
+        return [torch.ones(1)] * len(call.outputs)
     mask = value.varies.double()
     if call["training"]:  # no running statistics: all of a channel varies with any of it
         mask = mask.amax([d for d in range(mask.ndim) if d != 1], keepdim=True)
     if isinstance(weight, Fact):
         mask = mask * weight.present.reshape([-1 if d == 1 else 1 for d in range(mask.ndim)])
     return [mask, *[torch.ones(1)] * (len(call.outputs) - 1)]
+
+
+def _sloped(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    value = call["self"]
+    return [torch.ones(1) if _others_vary(value, facts) else value.varies]
+
+
+def _others_vary(value: Fact, facts: Sequence[Fact]) -> bool:
+    return any(bool(fact.varies.any()) for fact in facts if fact is not value)
 
 
 def _reduced(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
@@ -293,7 +304,7 @@ MASKS: dict[str, Mask] = {
     "pad": _moved,
     "constant_pad_nd": _moved,
     "expand": _moved,
-    "prelu": lambda call, facts: [call["self"].varies],
+    "prelu": _sloped,
     "batch_norm": _scaled,
     "_native_batch_norm_legit_no_training": _scaled,
     **dict.fromkeys(FACTORS, _product),
