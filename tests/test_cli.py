@@ -312,7 +312,8 @@ def test_ctrl_c_says_how_to_go_on(task: Path, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    # Where the signal came inside an `exec`, as dataclasses use it, Python ends by it: a shell says 130 then too.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "kept in made; to go on, run again: tying compress" in err
     assert "--epochs 100000" in err
