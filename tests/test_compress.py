@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import math
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from tying import CompressResult, compress, discover, load, load_task
 from tying.channels.find import Channels, find_channels
 from tying.compress.targets import compacted_size, find_targets, silenced
 from tying.enforce import compact, plan_compaction
-from tying.errors import FileError, PlanError, TaskError
+from tying.errors import CompactError, FileError, PlanError, TaskError
 from tying.files.sealed import bytes_of
 from tying.groups import Groups
 from tying.measure import measure
@@ -343,6 +345,22 @@ def test_the_controls_are_as_large_as_the_result_and_not_larger() -> None:
         assert 0.7 * count(result.model) <= values <= count(result.model)
 
 
+def test_the_controls_are_trained_as_long_as_the_result() -> None:
+    """Each ends with the same stage two, after a stage of its own."""
+    task = Stripes()
+    fit = task.fit
+    seen: list[tuple[str, int]] = []
+
+    def note(model: nn.Module, *, stage: str, **options: Any) -> None:
+        seen.append((stage, count(model)))
+        fit(model, stage=stage, **options)
+
+    result = run(of(task, fit=note), ratio=6)
+    controls = {p.label: p.values for p in result.data.curve if p.label in ("pruned only", "narrow dense")}
+    assert all(("two", values) in seen for values in controls.values())
+    assert ("dense", controls["narrow dense"]) in seen
+
+
 def test_a_task_that_does_not_ask_is_not_told_the_stage() -> None:
     task = Corners()
     fit = task.fit
@@ -393,6 +411,28 @@ class Shared(Corners):
         return model
 
 
+class Transposed(Corners):
+    """The second layer is the first one turned around: its inputs can't be tied without its outputs."""
+
+    def model(self) -> nn.Module:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            decoded = functional.linear(m.code(x).relu(), m.code.weight.t())
+            return m.last(m.head(decoded.relu()).relu())
+
+        return Net(forward, code=nn.Linear(12, 10), head=nn.Linear(12, 16), last=nn.Linear(16, CLASSES))
+
+
+class Mirrored(Stripes):
+    """Convolutions whose padding no tied layer has."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(64, CLASSES)),
+        )
+
+
 class BottleNeck(Corners):
     """Units that put out one half when pruned, read without a bias."""
 
@@ -403,7 +443,7 @@ class BottleNeck(Corners):
         )
 
 
-@pytest.mark.parametrize(("make", "ratio"), [(Shared, 1.2), (BottleNeck, 3.0)])
+@pytest.mark.parametrize(("make", "ratio"), [(Shared, 1.2), (Transposed, 2.0), (Mirrored, 3.0), (BottleNeck, 3.0)])
 def test_unusual_networks_keep_their_budget(make: Callable[[], Any], ratio: float, tmp_path: Path) -> None:
     law_ratio(in_folder, make, ratio, tmp_path / "out")
 
@@ -576,6 +616,15 @@ def only(*called: str) -> Callable[..., None]:
     return fit
 
 
+def of_nothing(model: nn.Module, *, epochs: int, on_step: Any, on_epoch: Any) -> None:
+    on_step(None)
+
+
+def diverging(model: nn.Module, *, epochs: int, on_step: Any, on_epoch: Any) -> None:
+    only("on_step", "on_epoch")(model, epochs=epochs, on_step=on_step, on_epoch=on_epoch)
+    nn.init.constant_(model[2].bias, math.inf)
+
+
 network = Corners().model()
 
 
@@ -590,6 +639,8 @@ network = Corners().model()
         ({"fit": nothing_called}, r"fit\(\): expected on_epoch\(epoch\) after every epoch, got no call; call it"),
         ({"fit": only("on_step")}, r"fit\(\): expected on_epoch\(epoch\) after every epoch"),
         ({"fit": only("on_epoch")}, r"fit\(\): expected on_step\(optimizer\) after every .* got no call"),
+        ({"fit": of_nothing}, r"on_step\(\): expected the optimizer, got NoneType; call on_step\(optimizer\)"),
+        ({"fit": diverging}, r"fit\(\): expected finite weights after 'dense', got NaN or infinite ones in 2.bias"),
         ({"evaluate": lambda m, s: 97.3}, r"evaluate\(\): expected an accuracy in \[0, 1\], got 97.3; return a share"),
         ({"evaluate": lambda m, s: math.nan}, r"evaluate\(\): expected an accuracy in \[0, 1\], got nan"),
         ({"evaluate": lambda m, s: -0.1}, r"evaluate\(\): expected an accuracy"),
@@ -641,6 +692,8 @@ def test_a_bad_budget_is_refused_before_anything_is_done(options: dict[str, Any]
         ("task.py", "1 / 0\n", r"task.py: expected a task, got ZeroDivisionError\('division by zero'\) when running"),
         ("task.py", "def model(:\n", "task.py: expected a task, got SyntaxError"),
         ("task.txt", "", "task.txt: expected a Python file, got something that can't be imported; name it"),
+        ("task.py", "raise SystemExit(3)\n", r"task.py: expected a task, got SystemExit\(3\) when running"),
+        ("task.py", "class Task: pass\ntask = Task\n", r"task.py: expected a task, got the class Task; .*: Task\(\)"),
         ("task.py", "task = 3\n", r"task.py: expected a task, got one without model\(\)"),
     ],
 )
@@ -649,6 +702,44 @@ def test_a_bad_task_file_is_told_what_to_do(path: str, text: str | None, message
         (tmp_path / path).write_text(text)
     with pytest.raises(TaskError, match=message):
         load_task(tmp_path / path)
+
+
+def test_a_task_file_finds_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "its_parts.py").write_text("name = 'of parts'\n")
+    (tmp_path / "task.py").write_text("import its_parts, tasks\ntask = tasks.Corners()\ntask.name = its_parts.name\n")
+    assert load_task(tmp_path / "task.py").name == "of parts"
+
+
+def test_a_network_that_no_plan_can_compact_is_refused_before_it_is_trained() -> None:
+    class Normed(Corners):
+        def model(self) -> nn.Module:
+            model = super().model()
+            nn.utils.parametrizations.weight_norm(model[2])
+            return model
+
+    task = Normed()
+    with pytest.raises(CompactError, match="2: expected plain parameters, got a parametrization of weight; call"):
+        run(task, ratio=4)
+    assert task.stages == []
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_to_is_refused_by_name(out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match=r"out: expected a folder to write to, got .*; choose another one"):
+        run(Corners(), ratio=4, out=tmp_path / out)
+    assert files(tmp_path) == {"file": b"mine"}
+
+
+def test_a_task_file_that_was_edited_is_noticed(tmp_path: Path) -> None:
+    """In what its class uses too."""
+    for rate, expected in ((0.1, contextlib.nullcontext()), (0.2, pytest.raises(FileError, match="new folder"))):
+        (tmp_path / "task.py").write_text(
+            f"from tasks import Corners\nRATE = {rate}\nclass Mine(Corners):\n    rate = RATE\ntask = Mine()\n"
+        )
+        with expected:
+            run(load_task(tmp_path / "task.py"), ratio=4, epochs=1, out=tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

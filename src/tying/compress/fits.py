@@ -38,7 +38,8 @@ class Fit:
     history: tuple[float, ...]
     """The accuracy after each epoch."""
     distance: Mapping[str, float]
-    """Parameter name → sum of its learning rates over all steps: how far a prox of strength 1 would have gone."""
+    """Parameter name → sum of its learning rates over all steps: how far a prox of strength 1 would have gone. 0 for
+    what is frozen."""
 
 
 class Fits:
@@ -121,6 +122,11 @@ class Fits:
             raise TaskError("fit(): expected on_epoch(epoch) after every epoch, got no call; call it")
         if not rates.steps:
             raise TaskError("fit(): expected on_step(optimizer) after every optimizer.step(), got no call; call it")
+        if broken := [key for key, value in model.named_parameters() if not bool(value.isfinite().all())]:
+            raise TaskError(
+                f"fit(): expected finite weights after '{name}', got NaN or infinite ones in {', '.join(broken)}; "
+                "lower the learning rate, or clip the gradients"
+            )
         return Fit(model, history[-1], tuple(history), rates.sums)
 
     def _reseed(self, name: str) -> None:
@@ -168,11 +174,15 @@ class _Rates:
         self.steps = 0
 
     def add(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TaskError(
+                f"on_step(): expected the optimizer, got {type(optimizer).__name__}; call on_step(optimizer)"
+            )
         self.steps += 1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))
-                if name is not None:
+                if name is not None and parameter.requires_grad:
                     self.sums[name] += float(group["lr"])
 
 

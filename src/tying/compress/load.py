@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from tying.compress.digits import Digits
-from tying.compress.task import Task, check_task
+from tying.compress.task import FROM_FILE, Task, check_task
 from tying.errors import TaskError
 
 
 def load_task(path: str | Path | None = None) -> Task:
-    """Load a task from a Python file: the module itself, or its global `task` if there is one. The file is run.
+    """Load a task from a Python file: the module itself, or its global `task` if there is one.
+
+    The file is run, and finds the modules beside it, as a script does: its folder is added to `sys.path`.
 
     Args:
         path: Of the file; None: the embedded task, a small network on scikit-learn's digits.
@@ -29,11 +31,13 @@ def load_task(path: str | Path | None = None) -> Task:
     file = Path(path)
     if not file.is_file():
         raise TaskError(f"{file}: expected a Python file with a task, got none there; give the path of one")
-    spec = importlib.util.spec_from_file_location(f"tying_task_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(FROM_FILE + file.stem, file)
     if spec is None or spec.loader is None:
         raise TaskError(f"{file}: expected a Python file, got something that can't be imported; name it *.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

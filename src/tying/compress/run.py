@@ -6,8 +6,10 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from torch import Tensor
@@ -19,9 +21,11 @@ from tying.compress.progress import Progress
 from tying.compress.search import STRENGTHS, Attempt, Search
 from tying.compress.summary import Asked, CompressResult, Kind, summarise
 from tying.compress.targets import find_targets
-from tying.compress.task import Task, check_task, name_of
+from tying.compress.task import FROM_FILE, Task, check_task, name_of
+from tying.enforce.compact import compact
 from tying.errors import FileError, TaskError
 from tying.files.atomic import write_atomically
+from tying.plan import TiePlan
 from tying.store import save
 from tying.version import __version__
 
@@ -63,6 +67,7 @@ def compress(
 
     Raises:
         TaskError: If the task lacks a function, or answers with something unusable.
+        CompactError: If the network can't be compacted, whatever the plan.
         PlanError: If the budget is out of reach.
         FileError: If `out` holds another run.
 
@@ -82,7 +87,9 @@ def compress(
         if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TaskError(f"example_inputs(): expected a Tensor, got {type(example).__name__}; return a batch of two")
         channels = find_channels(initial, example)
-        search = Search(fits, channels, find_targets(initial, channels), example)
+        targets = find_targets(initial, channels)
+        compact(initial, TiePlan(), example)  # what can't be compacted at all is refused before anything is trained
+        search = Search(fits, channels, targets, example)
         attempt = _SEARCHES[budget.kind](search, budget.value)
         result = summarise(search, attempt, budget)
     if folder is not None:
@@ -151,9 +158,11 @@ def _open(out: str | Path | None, task: Task, seed: int, epochs: int) -> Path | 
 
 
 def _digest(task: Task) -> str:
-    """Return a digest of the task's source, so that fits of an edited task are not mixed."""
+    """Return a digest of the task's class or module, or of the file it was loaded from: an edited task is noticed."""
+    module = task if inspect.ismodule(task) else sys.modules.get(type(task).__module__)
+    whole = module is task or type(task).__module__.startswith(FROM_FILE)
     try:
-        source = inspect.getsource(task if inspect.ismodule(task) else type(task))
+        source = inspect.getsource(cast("ModuleType", module) if whole else type(task))
     except (OSError, TypeError):
         return ""
     return hashlib.sha256(source.encode()).hexdigest()[:16]

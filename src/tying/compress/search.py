@@ -104,7 +104,10 @@ class Search:
         return tried[max(good)] if good else None
 
     def controls(self, attempt: Attempt) -> dict[str, Fit]:
-        """Train what the result must be held against, at its size: no penalty, pruned only, a narrow dense network."""
+        """Train what the result must be held against: no penalty, pruned only, a narrow dense network.
+
+        As large as the result, and trained as long: each has two stages, the same stage two among them.
+        """
         ratio = self.parameters / attempt.values
         found: dict[str, Fit] = {}
         if attempt.source.penalties:
@@ -113,7 +116,8 @@ class Search:
             name = f"pruned only, {attempt.source.name}"
             found["pruned only"] = self.fits.fit(name, pruned[0], stage="two", plan=pruned[1])
         if narrow := self._narrow(attempt.values):
-            found["narrow dense"] = self.fits.fit("narrow dense", narrow[0], stage="dense", plan=narrow[1])
+            self.fits.fit("narrow dense, stage one", narrow[0], stage="dense", plan=narrow[1])
+            found["narrow dense"] = self.fits.fit("narrow dense, stage two", narrow[0], stage="two", plan=narrow[1])
         return found
 
     def _stage_one(self, strength: float) -> Source:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.channels.find import Channel, Channels
-from tying.errors import TaskError
+from tying.enforce.surgery import check_has_tied_twin
+from tying.errors import CompactError, TaskError
 from tying.find.budget import label_bits
 from tying.groups import Groups
 from tying.plan import Member, Tie, TiePlan
@@ -43,12 +44,12 @@ def find_targets(model: nn.Module, channels: Channels) -> Targets:
     }
     hidden = {name: m for name, m in layers.items() if any(c.readers for c in channels.made_by(name))} or layers
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    targets = {name: _groups(name, shapes, channels) for name in hidden}
+    targets = {name: (*_prunable(name, shapes, channels), *_tieable(name, model, channels)) for name in hidden}
     found = {name: groups for name, groups in targets.items() if groups}
     if not found:
         raise TaskError(
             f"model(): expected a linear or convolution layer with at least {FEWEST_INPUTS} inputs or with units that "
-            f"can go, got {type(model).__name__} without one; tie it by hand with tying.declare and tying.tie_"
+            f"can go, got {type(model).__name__} without one inside; tie it by hand with tying.declare and tying.tie_"
         )
     return found
 
@@ -136,10 +137,20 @@ def _unread(channel: Channel, labels: Labels) -> bool:
     return all(m in labels and s.axis == 1 and (labels[m][list(s.indices)] < 0).all() for m, s in members)
 
 
-def _groups(name: str, shapes: Mapping[str, torch.Size], channels: Channels) -> tuple[Groups, ...]:
-    outputs, inputs = shapes[name][:2]
+def _prunable(name: str, shapes: Mapping[str, torch.Size], channels: Channels) -> tuple[Groups, ...]:
     made = channels.made_by(name)
     # A channel that several weights make (a residual sum) goes only if all of them prune it: left whole here.
     alone = all(len(shapes[s.parameter]) == 1 or s.parameter == name for c in made for s in c.makers)
-    prunable = alone and len(made) == outputs > 1 and all(c.blocked is None for c in made)
-    return ((Groups.outputs(),) if prunable else ()) + ((Groups.inputs(),) if inputs >= FEWEST_INPUTS else ())
+    prunable = alone and len(made) == shapes[name][0] > 1 and all(c.blocked is None for c in made)
+    return (Groups.outputs(),) if prunable else ()
+
+
+def _tieable(name: str, model: nn.Module, channels: Channels) -> tuple[Groups, ...]:
+    transposed = any(s.parameter == name and s.axis == 1 for c in channels for s in c.makers)
+    if transposed or model.get_parameter(name).shape[1] < FEWEST_INPUTS:
+        return ()
+    try:
+        check_has_tied_twin(model, name.rpartition(".")[0])
+    except CompactError:
+        return ()
+    return (Groups.inputs(),)

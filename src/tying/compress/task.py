@@ -14,6 +14,9 @@ from tying.errors import TaskError
 Split = Literal["train", "validation", "test"]
 Stage = Literal["dense", "one", "two"]
 
+FROM_FILE = "tying_task_"
+"""How the modules are named that task files are loaded as."""
+
 NEEDED = {
     "model": "model() -> nn.Module, a freshly initialised network",
     "fit": "fit(model, *, epochs, on_step, on_epoch), which trains the model in place",
@@ -85,4 +88,4 @@ def takes_stage(task: Task) -> bool:
 def name_of(task: Task) -> str:
     """Return the task's own name, or its class or file name."""
     given = getattr(task, "name", None) or getattr(task, "__name__", None) or type(task).__name__
-    return str(given).removeprefix("tying_task_")
+    return str(given).removeprefix(FROM_FILE)
