@@ -95,7 +95,7 @@ class Partition:
 
     def reduce(self, matrix: Tensor) -> Tensor:
         """Sum the groups of each label: `(G, D)` → `(K, D)`. The transpose of `expand`."""
-        kept, labels = self._index(matrix)
+        kept, labels = self.indices(matrix.device)
         summed = matrix.new_zeros(self.classes, matrix.shape[1])
         return summed.index_add(0, labels, matrix.index_select(0, kept))
 
@@ -110,7 +110,7 @@ class Partition:
 
     def expand(self, values: Tensor) -> Tensor:
         """Give every group the value of its label, pruned groups zero: `(K, D)` → `(G, D)`."""
-        kept, labels = self._index(values)
+        kept, labels = self.indices(values.device)
         full = values.new_zeros(len(self), values.shape[1])
         return full.index_copy(0, kept, values.index_select(0, labels))
 
@@ -118,12 +118,10 @@ class Partition:
         """`P`: every group replaced by the mean of its label, pruned groups by zero; an orthogonal projector."""
         return self.expand(self.mean(matrix))
 
-    def _index(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the indices of the groups that are not pruned and the label of each, both int64."""
         kept = np.flatnonzero(self.labels >= 0)
-        return (
-            torch.as_tensor(kept, device=like.device),
-            torch.as_tensor(self.labels[kept], device=like.device),
-        )
+        return torch.as_tensor(kept, device=device), torch.as_tensor(self.labels[kept], device=device)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ class _TiedInputs(nn.Module):
         self.weight = nn.Parameter(torch.empty((out, partition.classes, *kernel), device=device, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None)
         self.register_buffer("labels", torch.as_tensor(partition.labels.copy(), device=device))
-        kept, targets = _indices(partition, self.labels.device)
+        kept, targets = partition.indices(self.labels.device)
         self.register_buffer("_kept", kept, persistent=False)
         self.register_buffer("_targets", targets, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
@@ -335,14 +334,8 @@ def _small_weight(dense: Tensor, partition: Partition) -> Tensor:
             f"labels: expected {dense.shape[1]} labels, one per input of the layer, got {len(partition)}; "
             "make the plan for this layer"
         )
-    mean = partition.mean(Groups.inputs().read(dense.detach()).double())
+    mean = partition.mean(Groups.inputs().read(dense.detach()))
     return Groups.inputs().write(mean, (dense.shape[0], partition.classes, *dense.shape[2:]))
-
-
-def _indices(partition: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The inputs that are read, and the label of each."""
-    kept = np.flatnonzero(partition.labels >= 0)
-    return torch.as_tensor(kept, device=device), torch.as_tensor(partition.labels[kept], device=device)
 
 
 def _refresh(module: nn.Module, _: object) -> None:
@@ -356,7 +349,7 @@ def _refresh(module: nn.Module, _: object) -> None:
             f"labels: expected {tied.weight.shape[1]} distinct labels, as the weight has, got {partition.classes}; "
             "load the labels together with their weight"
         )
-    tied._kept, tied._targets = _indices(partition, tied.labels.device)  # pyright: ignore[reportPrivateUsage]
+    tied._kept, tied._targets = partition.indices(tied.labels.device)  # pyright: ignore[reportPrivateUsage]
 
 
 _Layer = Any
