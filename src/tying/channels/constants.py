@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from tying.channels import rules
+from tying.channels import operations
 from tying.channels.find import trace
 from tying.channels.graph import Call, Graph, export
 
@@ -101,14 +101,6 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
     return Constants(named)
 
 
-def _facts(nested: Any) -> list[Fact]:
-    if isinstance(nested, Fact):
-        return [nested]
-    if isinstance(nested, list | tuple):
-        return [fact for item in cast(list[Any], nested) for fact in _facts(item)]
-    return []
-
-
 @dataclass(frozen=True)
 class Fact:
     """A value on the example inputs, float64, and for each element whether it may vary with them."""
@@ -120,6 +112,14 @@ class Fact:
     def present(self) -> Tensor:
         """1 where the value may be other than zero, else 0; float64."""
         return ((self.value != 0) | self.varies).double()
+
+
+def _facts(nested: Any) -> list[Fact]:
+    if isinstance(nested, Fact):
+        return [nested]
+    if isinstance(nested, list | tuple):
+        return [fact for item in cast(list[Any], nested) for fact in _facts(item)]
+    return []
 
 
 def _agreed(one: Reading | None, other: Reading | None) -> Reading | None:
@@ -198,7 +198,7 @@ def _varying(call: Call) -> list[Tensor]:
     """Return which elements of the outputs may vary; broadcasts to their shapes."""
     facts = _facts(list(call.arguments.values()))
     everything = [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
-    if call.random and (call.name not in rules.IDENTITIES or call["train"] or call["training"]):
+    if call.random and (call.name not in operations.IDENTITIES or call["train"] or call["training"]):
         return everything
     if not any(bool(fact.varies.any()) for fact in facts):
         return [~mask for mask in everything]
@@ -209,9 +209,9 @@ def _varying(call: Call) -> list[Tensor]:
 def _mask_for(call: Call) -> Mask | None:
     if call.name in MASKS:
         return MASKS[call.name]
-    if rules.CONVOLUTIONS.fullmatch(call.name):
+    if operations.CONVOLUTIONS.fullmatch(call.name):
         return _product
-    if rules.WINDOWS.fullmatch(call.name) and "bicubic" not in call.name:  # bicubic weights cancel each other
+    if operations.WINDOWS.fullmatch(call.name) and "bicubic" not in call.name:  # bicubic weights cancel each other
         return _pooled
     return _elementwise if call.pointwise else None
 
@@ -295,7 +295,7 @@ def _looked_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 
 
 Mask = Callable[[Call, Sequence[Fact]], list[Tensor]]
-FACTORS = {**rules.PRODUCTS, "mul": ("self", "other"), "bmm": ("self", "mat2")}
+FACTORS = {**operations.PRODUCTS, "mul": ("self", "other"), "bmm": ("self", "mat2")}
 """The names of the two factors, where they are not `input` and `weight`."""
 MASKS: dict[str, Mask] = {
     "linear": _product,
@@ -308,9 +308,9 @@ MASKS: dict[str, Mask] = {
     "batch_norm": _scaled,
     "_native_batch_norm_legit_no_training": _scaled,
     **dict.fromkeys(FACTORS, _product),
-    **dict.fromkeys(rules.IDENTITIES | rules.MOVES | rules.CUTS, _moved),
-    **dict.fromkeys(rules.ELEMENTWISE, _elementwise),
-    **dict.fromkeys(rules.REDUCTIONS, _reduced),
-    **dict.fromkeys(rules.COUPLED, _coupled),
+    **dict.fromkeys(operations.IDENTITIES | operations.MOVES | operations.CUTS, _moved),
+    **dict.fromkeys(operations.ELEMENTWISE, _elementwise),
+    **dict.fromkeys(operations.REDUCTIONS, _reduced),
+    **dict.fromkeys(operations.COUPLED, _coupled),
 }
 """By name of the operation; each gives positive numbers where the outputs may vary."""

@@ -1,0 +1,35 @@
+"""Which operations of the exported graph are of one kind, by the names that `Call.name` has."""
+
+from __future__ import annotations
+
+import re
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+IDENTITIES = _names(
+    "clone alias detach contiguous lift_fresh_copy to _to_copy dropout feature_dropout alpha_dropout "
+    "feature_alpha_dropout"
+)
+MOVES = _names(
+    "view reshape flatten unflatten permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims "
+    "unsqueeze squeeze cat concat stack hstack vstack flip repeat repeat_interleave channel_shuffle pixel_shuffle "
+    "pixel_unshuffle"
+)
+CUTS = _names("slice select split split_with_sizes unbind chunk narrow unsafe_split")
+"""Data movement at literal positions: channels lying along the cut axis would move to other positions."""
+ELEMENTWISE = _names("hardswish hardsigmoid hardtanh relu6 relu gelu silu logsigmoid")
+"""Pointwise, though PyTorch does not tag all of them so."""
+CONVOLUTIONS = re.compile(r"conv(_transpose)?([123])d")
+WINDOWS = re.compile(
+    r"(?:(?:adaptive_)?(?:avg|max)_pool|_?upsample_(?:nearest|nearest_exact|linear|bilinear|trilinear|bicubic))"
+    r"([123])d(?:_with_indices)?"
+)
+PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
+"""The names of the two factors."""
+REDUCTIONS = _names("mean sum amax amin max min std var prod linalg_vector_norm logsumexp all any")
+COUPLED = _names("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp")
+CHANNELWISE_NORMS = _names("batch_norm _native_batch_norm_legit_no_training instance_norm")
+COUPLED_NORMS = _names("layer_norm group_norm rms_norm")
