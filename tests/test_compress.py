@@ -652,6 +652,7 @@ network = Corners().model()
         ({"model": lambda: nn.Flatten()}, r"model\(\): expected a linear or conv.* got Flatten without one"),
         ({"model": lambda: nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 4))[:0]}, "got Sequential without one"),
         ({"example_inputs": lambda: [1.0]}, r"example_inputs\(\): expected a Tensor, got list; return a batch"),
+        ({"example_inputs": lambda: torch.empty(0, 12)}, r"example_inputs\(\): .* got one of shape \(0, 12\); return a"),
         ({"epochs": 0}, "epochs: expected a whole number ≥ 1, got 0"),
         ({"epochs": 2.5}, "epochs: expected a whole number ≥ 1, got 2.5"),
     ],

@@ -84,8 +84,9 @@ def compress(
     with Progress(shown=progress, epochs=rounds * (2 * len(STRENGTHS) + 8)) as bar:
         fits = Fits(chosen, seed=seed, epochs=rounds, folder=folder, progress=bar)
         initial, example = fits.initial(), chosen.example_inputs()
-        if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TaskError(f"example_inputs(): expected a Tensor, got {type(example).__name__}; return a batch of two")
+        if not isinstance(example, Tensor) or not example.numel():  # pyright: ignore[reportUnnecessaryIsInstance]
+            got = f"one of shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TaskError(f"example_inputs(): expected a Tensor, got {got}; return a batch of two")
         channels = find_channels(initial, example)
         targets = find_targets(initial, channels)
         compact(initial, TiePlan(), example)  # what can't be compacted at all is refused before anything is trained

@@ -62,7 +62,7 @@ def least(plan_at: Callable[[float], TiePlan], fits: Callable[[TiePlan], bool], 
     if not fits(best):
         raise PlanError(
             f"{budget}: expected a budget that one value per member meets, got less than that; "
-            "ask for a larger file, or name more parameters, or also read them by Groups.outputs()"
+            "ask for less (a smaller ratio, a larger file), name more parameters, or also read them by Groups.outputs()"
         )
     for _ in range(10):
         middle = (low + high) / 2
