@@ -84,13 +84,11 @@ def compress(
     with Progress(shown=progress, epochs=rounds * (2 * len(STRENGTHS) + 8)) as bar:
         fits = Fits(chosen, seed=seed, epochs=rounds, folder=folder, progress=bar)
         initial, example = fits.initial(), chosen.example_inputs()
-        if not isinstance(example, Tensor) or not example.numel():  # pyright: ignore[reportUnnecessaryIsInstance]
-            got = f"one of shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TaskError(f"example_inputs(): expected a Tensor, got {got}; return a batch of two")
-        channels = find_channels(initial, example)
-        targets = find_targets(initial, channels)
+        if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TaskError(f"example_inputs(): expected a Tensor, got {type(example).__name__}; return a batch of two")
         compact(initial, TiePlan(), example)  # what can't be compacted at all is refused before anything is trained
-        search = Search(fits, channels, targets, example)
+        channels = find_channels(initial, example)
+        search = Search(fits, channels, find_targets(initial, channels), example)
         attempt = _SEARCHES[budget.kind](search, budget.value)
         result = summarise(search, attempt, budget)
     if folder is not None:
