@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from tying.penalties.norms import GrOWL
 from tying.penalties.sequences import weights
 from tying.plan import Member, Tie, TiePlan
 from tying.report.data import Budget, Epoch, Layer, Point, ReportData, Stayed, measures, similarities
+from tying.store import encode
 from tying.version import __version__
 
 Kind = Literal["max_drop", "ratio", "bytes"]
@@ -78,6 +79,8 @@ def summarise(search: Search, attempt: Attempt | None, asked: Asked) -> Compress
         example_inputs=search.example,
         evaluate=lambda model: search.fits.accuracy(model, "test"),
     )
+    # The file that `compress` writes also holds the plan: its bytes are what the budget is about.
+    report = replace(report, model=replace(report.model, bytes=len(encode(small, plan=chosen.plan))))
     budget = _kept(asked, report, dense.accuracy - chosen.fit.accuracy)
     before, after = measures(report, validation=(dense.accuracy, chosen.fit.accuracy))
     data = ReportData(
