@@ -78,7 +78,7 @@ class Fits:
             done = self._run(name, model, stage, rules or {})
             if file is not None:
                 self._write(file, done)
-        self.progress.done(f"{name:<28} validation {done.accuracy:7.2%}")
+        self.progress.line(f"{name:<28} validation {done.accuracy:7.2%}{'' if plan is None else _ties(plan)}")
         return done
 
     def accuracy(self, model: nn.Module, split: str = "validation") -> float:
@@ -98,6 +98,7 @@ class Fits:
 
     def _run(self, name: str, model: nn.Module, stage: Stage, rules: Rules) -> Fit:
         self._reseed(name)
+        self.progress.begin(name, self.epochs)
         history: list[float] = []
         rates = _Rates(model)
         handles: dict[ProximalHandle, int] = {}
@@ -163,7 +164,7 @@ class Fits:
             raise FileError(
                 f"{file}: expected the fit '{name}' of this task, got {error!r}; delete the folder or choose another"
             ) from error
-        self.progress.epoch(name, "read")
+        self.progress.read(name, self.epochs)
         return Fit(model, figures["history"][-1], tuple(figures["history"]), figures["distance"])
 
 
@@ -194,3 +195,10 @@ def _left(model: nn.Module, rules: Rules) -> str:
         for name, groups in (rule if isinstance(rule, tuple) else (rule, Groups.inputs()) for rule in rules)
     ]
     return f"  groups {sum(c for c, _ in counts)}/{sum(n for _, n in counts)}" if counts else ""
+
+
+def _ties(plan: TiePlan) -> str:
+    """Say how many groups the plan leaves, and how many values several of them share."""
+    partitions = [tie.partition for tie in plan]
+    left, total = sum(len(p) - p.pruned for p in partitions), sum(map(len, partitions))
+    return f"  groups {left}/{total}  ties {sum(int((p.sizes > 1).sum()) for p in partitions)}"

@@ -30,6 +30,8 @@ from tying.store import save
 from tying.version import __version__
 
 EPOCHS = 30
+FITS = 1 + len(STRENGTHS) + (1 + len(STRENGTHS)) + 4
+"""How many fits a search begins with, and its controls; a search for `max_drop` needs some more."""
 
 
 def compress(
@@ -81,7 +83,7 @@ def compress(
     check_task(chosen, name_of(chosen))
     rounds = _epochs(chosen, epochs)
     folder = _open(out, chosen, seed, rounds)
-    with Progress(shown=progress, epochs=rounds * (2 * len(STRENGTHS) + 8)) as bar:
+    with Progress(shown=progress, epochs=rounds * FITS) as bar:
         fits = Fits(chosen, seed=seed, epochs=rounds, folder=folder, progress=bar)
         initial, example = fits.initial(), chosen.example_inputs()
         if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
