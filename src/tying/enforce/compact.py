@@ -29,8 +29,8 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
     Channels that nobody reads go, together with the units that make them; a pruned unit, whose output is then a
     constant, goes once its readers' biases have taken the constant over; layers whose inputs are tied become tied
     layers (`tying.nn`), which sum the inputs of each label and multiply by a small matrix. All to the fixed point. What
-    can't go stays as zeros: `plan_compaction` says what, and why. The result is always compared with the projected
-    model in float64, in evaluation mode, on the example and on random inputs of another batch size.
+    can't go stays as zeros: `tying.enforce.plan_compaction` says what, and why. The result is always compared with the
+    projected model in float64, in evaluation mode, on the example and on random inputs of another batch size.
 
     Args:
         model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared.

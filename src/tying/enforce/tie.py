@@ -149,7 +149,7 @@ class _Stage(nn.Module):
         return Partition(self.labels.cpu().numpy())
 
     def expand(self, values: Tensor) -> Tensor:
-        index = self.labels.remainder(self.classes + 1)  # pruned groups read the row of zeros, which comes last
+        index = self.labels.remainder(self.classes + 1)  # pruned groups read the zeros, which come last
         if self.gradient == "mean":
             ones = torch.ones(len(index), dtype=torch.float64, device=index.device)
             sizes = ones.new_zeros(self.classes + 1).index_add(0, index, ones)[:-1]
