@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import math
+import random
 import sys
 import types
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from networks import Net
 from tasks import CLASSES, Corners, Stripes, of
 from tying import CompressResult, compress, discover, load, load_task
 from tying.channels.find import Channels, find_channels
+from tying.compress.randomness import reseed
 from tying.compress.targets import compacted_size, find_targets, silenced
 from tying.enforce import compact, plan_compaction
 from tying.errors import CompactError, FileError, PlanError, TaskError
@@ -445,6 +447,17 @@ class BottleNeck(Corners):
 @pytest.mark.parametrize(("make", "ratio"), [(Shared, 1.2), (Transposed, 2.0), (Mirrored, 3.0), (BottleNeck, 3.0)])
 def test_unusual_networks_keep_their_budget(make: Callable[[], Any], ratio: float, tmp_path: Path) -> None:
     law_ratio(in_folder, make, ratio, tmp_path / "out")
+
+
+def test_the_callers_random_states_are_given_back() -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+
+    reseed(5)
+    expected = drawn()
+    reseed(5)
+    compress(Corners(), ratio=2, epochs=1, progress=False)
+    assert drawn() == expected
 
 
 def test_progress_is_told_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:

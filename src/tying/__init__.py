@@ -3,7 +3,7 @@
 from tying.compress import CompressResult, Task, compress, load_task
 from tying.enforce.compact import compact
 from tying.enforce.tie import tie_, unique_parameters, untie_
-from tying.errors import TyingError
+from tying.errors import TyingError, TyingWarning
 from tying.find.declare import declare
 from tying.find.discover import discover
 from tying.groups import Groups
@@ -29,6 +29,7 @@ __all__ = [
     "Tie",
     "TiePlan",
     "TyingError",
+    "TyingWarning",
     "__version__",
     "compact",
     "compress",

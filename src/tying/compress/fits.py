@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
@@ -17,8 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tying.compress.progress import Progress
+from tying.compress.randomness import reseed
 from tying.compress.task import Stage, Task, takes_stage
 from tying.errors import FileError, TaskError
+from tying.evaluation import evaluating
 from tying.files.atomic import write_atomically
 from tying.groups import Groups
 from tying.penalties.norms import Penalty
@@ -83,11 +83,8 @@ class Fits:
 
     def accuracy(self, model: nn.Module, split: str = "validation") -> float:
         """Return the task's accuracy on a split; mode and random state of the model's training are kept."""
-        training, state = {module: module.training for module in model.modules()}, torch.get_rng_state()
-        answer = self.task.evaluate(model.eval(), split)  # pyright: ignore[reportArgumentType]
-        for module, mode in training.items():
-            module.training = mode
-        torch.set_rng_state(state)
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            answer = self.task.evaluate(model, split)  # pyright: ignore[reportArgumentType]
         try:
             value = float(answer)
         except (TypeError, ValueError) as error:
@@ -132,9 +129,7 @@ class Fits:
 
     def _reseed(self, name: str) -> None:
         value = zlib.crc32(f"{self.seed}/{name}".encode())
-        torch.manual_seed(value)
-        random.seed(value)  # tasks may draw from Python's and NumPy's global state
-        np.random.seed(value)  # noqa: NPY002
+        reseed(value)
         seed: Callable[[int], None] | None = getattr(self.task, "seed", None)
         if callable(seed):
             seed(value)

@@ -15,6 +15,7 @@ from typing import cast
 from torch import Tensor
 
 from tying.channels.find import find_channels
+from tying.compress import randomness
 from tying.compress.fits import FOLDER, Fits
 from tying.compress.load import load_task
 from tying.compress.progress import Progress
@@ -83,7 +84,7 @@ def compress(
     check_task(chosen, name_of(chosen))
     rounds = _epochs(chosen, epochs)
     folder = _open(out, chosen, seed, rounds)
-    with Progress(shown=progress, epochs=rounds * FITS) as bar:
+    with randomness.kept(), Progress(shown=progress, epochs=rounds * (2 * len(STRENGTHS) + 8)) as bar:
         fits = Fits(chosen, seed=seed, epochs=rounds, folder=folder, progress=bar)
         initial, example = fits.initial(), chosen.example_inputs()
         if not isinstance(example, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
