@@ -12,7 +12,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:", "<!-- end of results -->"
 METHODS = ("growl", "group lasso", "lasso", "none", "pruned only", "random clusters", "narrow dense")
-NAMES = {"growl": "**GrOWL + group lasso**", "none": "no penalty", "group lasso": "group lasso on both"}
+NAMES = {
+    "growl": "**GrOWL + group lasso**",
+    "none": "no penalty",
+    "group lasso": "group lasso on both",
+    "narrow dense": "narrow dense, stage one only",
+}
 
 
 def main() -> None:
