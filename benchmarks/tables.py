@@ -14,7 +14,7 @@ BEGIN, END = "<!-- results:", "<!-- end of results -->"
 METHODS = ("growl", "group lasso", "lasso", "none", "pruned only", "random clusters", "narrow dense")
 NAMES = {
     "growl": "**GrOWL + group lasso**",
-    "none": "no penalty",
+    "none": "no penalty (weight decay 5e-4)",
     "group lasso": "group lasso on both",
     "narrow dense": "narrow dense, stage one only",
 }

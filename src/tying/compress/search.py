@@ -110,7 +110,8 @@ class Search:
         """
         ratio = self.parameters / attempt.values
         found: dict[str, Fit] = {}
-        if attempt.source.penalties:
+        plain = [a.values for a in self.attempts if a.source is self.sources[0]]
+        if not any(math.isclose(values, attempt.values, rel_tol=0.05) for values in plain):  # it may have been tried
             found["no penalty"] = self._attempt(self.sources[0], ratio, keep=False).fit
         if pruned := self._pruned(attempt):
             name = f"pruned only, {attempt.source.name}"
