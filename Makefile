@@ -28,7 +28,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-mnist: .venv/.dev ## About 30 minutes on two cores; goes on where it was after Ctrl-C
+bench-mnist: .venv/.dev ## Under an hour on two cores; goes on where it was after Ctrl-C
 	$(BIN)/python -m benchmarks.mnist
 
 bench-max-drop: .venv/.dev
