@@ -53,7 +53,7 @@ def law_of_sequence(sequence, formula, n):
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize(("sequence", "formula"), FORMULAS, ids=lambda value: str(value) if callable(value) else None)
+@pytest.mark.parametrize(("sequence", "formula"), FORMULAS, ids=[str(sequence) for sequence, _ in FORMULAS])
 def test_sequence_is_its_formula(sequence, formula, n):
     law_of_sequence(sequence, formula, n)
 
