@@ -58,7 +58,7 @@ def mnist(results: dict[str, Any]) -> Iterator[str]:
     files = [f"{statistics.mean(lines['growl', size]['file_bytes']) / 1000:.1f} kB" for size in sizes]
     yield "| bytes on disk, labels included (GrOWL) | " + " | ".join(files) + " |"
     yield ""
-    yield "The paper's definition (first layer only, 784 × 300 ÷ unique non-zero weights): inputs tied, dead units zeros:"
+    yield "The paper's definition (first layer only, 784 × 300 ÷ unique non-zero ones): inputs tied, dead units zeros:"
     yield ""
     yield "| clusters | sparsity | sharing | compression | test accuracy |"
     yield "|---|---|---|---|---|"
