@@ -132,10 +132,8 @@ def stage_one(method: str, strength: float, seed: int) -> Network:
     return model
 
 
-def stage_two(model: nn.Module, plan: TiePlan, seed: int) -> nn.Module:
-    small = tying.compact(model, plan, data().train[0][:2])
+def stage_two(small: nn.Module, seed: int) -> None:
     train(small, AdamW(small.parameters(), lr=2e-3, weight_decay=0.05, fused=True), EPOCHS_TWO, seed)
-    return small
 
 
 def stored(plan: TiePlan) -> int:
@@ -205,7 +203,10 @@ class Workbench:
     def add(self, method: str, size: float, strength: float, model: nn.Module, plan: TiePlan | None) -> None:
         """Retrain what the plan leaves of a network (None: take it as it is), and note what came of it."""
         begun = time.perf_counter()
-        small: Any = model if plan is None else stage_two(model, plan, self.seed)
+        small: Any = model
+        if plan is not None:
+            small = tying.compact(model, plan, data().train[0][:2])
+            stage_two(small, self.seed)
         path = self.path(method, size, strength)
         tying.save(small, path)
         inputs = 784 if plan is None else next(t.partition.classes for t in plan if t.members[0].groups == INPUTS)
@@ -236,6 +237,7 @@ def run(method: str, strength: float, seed: int, folder: Path) -> list[dict[str,
             torch.manual_seed(seed)
             narrow = Network(int((PARAMETERS / size - 10) // 795))
             train(narrow, sgd(narrow, 5e-4), EPOCHS_ONE, seed)
+            stage_two(narrow, seed)  # as long as the others
             bench.add(method, size, strength, narrow, None)
         return bench.finish()
     model = stage_one(method, strength, seed)

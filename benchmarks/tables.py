@@ -16,7 +16,6 @@ NAMES = {
     "growl": "**GrOWL + group lasso**",
     "none": "no penalty (weight decay 5e-4)",
     "group lasso": "group lasso on both",
-    "narrow dense": "narrow dense, stage one only",
 }
 
 
