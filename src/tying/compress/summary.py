@@ -156,9 +156,7 @@ def _weight_as_read(tie: Tie, plan: TiePlan, model: nn.Module) -> Tensor:
     outputs = Member(member.parameter, Groups.outputs())
     for other in plan:
         if other.members == (outputs,) and member != outputs:
-            matrix = outputs.groups.read(weight)
-            stays = torch.as_tensor(other.partition.labels >= 0)
-            weight = outputs.groups.write(matrix * stays[:, None], weight.shape)
+            weight = outputs.groups.write(other.partition.prune(outputs.groups.read(weight)), weight.shape)
     return weight
 
 

@@ -17,7 +17,7 @@ from tying.enforce.surgery import check_has_tied_twin
 from tying.errors import CompactError, TaskError
 from tying.find.budget import label_bits
 from tying.groups import Groups
-from tying.plan import Member, Tie, TiePlan
+from tying.plan import Member, Tie, TiePlan, qualified
 
 FEWEST_INPUTS = 8
 """A layer of fewer inputs (the colours of an image) has nothing worth tying."""
@@ -38,7 +38,7 @@ def find_targets(model: nn.Module, channels: Channels) -> Targets:
     layers = {
         weight: module
         for name, module in model.named_modules()
-        if (weight := f"{name}.weight".removeprefix(".")) in alone
+        if (weight := qualified(name, "weight")) in alone
         and type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         and getattr(module, "groups", 1) == 1
     }

@@ -17,7 +17,7 @@ from tying.channels.constants import Constants
 from tying.channels.find import Channel, Channels, Slice
 from tying.enforce.surgery import check_has_tied_twin, holders, names_of, owned
 from tying.errors import CompactError
-from tying.plan import Tie, TiePlan
+from tying.plan import Tie, TiePlan, qualified
 
 _READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -132,7 +132,7 @@ class _Network:
     def add_to_bias(self, module: nn.Module, amount: Tensor) -> None:
         """Add to the module's bias; one that is None starts at zero and lives as the outputs of the weight do."""
         path = self.paths[id(module)]
-        name, weight = (f"{path}.{leaf}" if path else leaf for leaf in ("bias", "weight"))
+        name, weight = (qualified(path, leaf) for leaf in ("bias", "weight"))
         name = self.first.get(name, name)
         if name not in self.values:
             self.values[name] = torch.zeros_like(amount)

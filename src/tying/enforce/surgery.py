@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from tying.errors import CompactError, PlanError
 from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+from tying.plan import qualified
 
 Description: TypeAlias = dict[str, dict[str, Any]]
 TiedLayer: TypeAlias = TiedLinear | TiedConv1d | TiedConv2d | TiedConv3d
@@ -183,7 +184,7 @@ def check_has_tied_twin(model: nn.Module, name: str) -> None:
     Raises:
         CompactError: Names the module, and what stands in the way.
     """
-    layer, weight = model.get_submodule(name), f"{name}.weight" if name else "weight"
+    layer, weight = model.get_submodule(name), qualified(name, "weight")
     _refuse_parametrized(weight, layer)
     reason = None
     if not name:
@@ -246,7 +247,7 @@ def rebuild(model: nn.Module, description: Description) -> nn.Module:
                 shape = [shape[0], len(tied[name]), *shape[2:]]  # of the plain layer, which is then tied
             held = _own(result.get_submodule(name))[leaf]
             if shape is not None and (held is None or list(held.shape) != shape):
-                shapes[f"{name}.{leaf}" if name else leaf] = shape
+                shapes[qualified(name, leaf)] = shape
     replace_(result, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     place_tied_(result, tied)
     rebuilt = describe(result)

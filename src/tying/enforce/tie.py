@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from tying.errors import PlanError
 from tying.groups import Groups
-from tying.plan import Partition, Tie, TiePlan
+from tying.plan import Partition, Tie, TiePlan, qualified
 
 Gradient = Literal["sum", "mean"]
 
@@ -81,13 +81,13 @@ def untie_(model: nn.Module) -> None:
         PlanError: If a weight got another parametrization on top of its tie. The model stays as it was.
     """
     tied = list(_tied(model))
-    for module, leaf, _ in tied:
+    for path, module, leaf, _ in tied:
         if len(cast(Any, module).parametrizations[leaf]) > 1:
             raise PlanError(
-                f"{leaf}: expected the tie to be its only parametrization, got others on top of it, in {module}; "
+                f"{qualified(path, leaf)}: expected the tie to be its only parametrization, got others on top of it; "
                 "remove them first (torch.nn.utils.parametrize.remove_parametrizations takes all, the tie with them)"
             )
-    for module, leaf, _ in tied:
+    for _, module, leaf, _ in tied:
         # A deep copy shares the class that holds the weight's property: deleting it there would break the original.
         shared: Any = type(module)
         module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
@@ -96,21 +96,17 @@ def untie_(model: nn.Module) -> None:
 
 def plan_of(model: nn.Module) -> TiePlan:
     """Return the plan that `tie_` put in force on `model`; empty if there is none."""
-    names = {id(module): name for name, module in model.named_modules()}
-    ties: list[Tie] = []
-    for module, leaf, tied in _tied(model):
-        prefix = f"{names[id(module)]}." if names[id(module)] else ""
-        ties += [Tie.of(prefix + leaf, stage.groups, stage.labels.cpu().numpy()) for stage in tied.each_stage()]
+    ties = [
+        Tie.of(qualified(path, leaf), stage.groups, stage.labels.cpu().numpy())
+        for path, _, leaf, tied in _tied(model)
+        for stage in tied.each_stage()
+    ]
     return TiePlan(ties, {"made by": "tie_"})
 
 
 def gradients_of(model: nn.Module) -> dict[str, Gradient]:
     """Return how `tie_` combines the gradients of each weight it tied, by name: what `plan_of` does not say."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return {
-        (f"{names[id(module)]}." if names[id(module)] else "") + leaf: tied.each_stage()[0].gradient
-        for module, leaf, tied in _tied(model)
-    }
+    return {qualified(path, leaf): tied.each_stage()[0].gradient for path, _, leaf, tied in _tied(model)}
 
 
 def unique_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[nn.Parameter]:
@@ -208,12 +204,13 @@ class _ScaledGradient(torch.autograd.Function):
         return gradient * scale, None
 
 
-def _tied(model: nn.Module) -> Iterator[tuple[nn.Module, str, _Tied]]:
-    for module in model.modules():
+def _tied(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Tied]]:
+    """The weights that `tie_` tied: the module's path, the module, the attribute, the parametrization."""
+    for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for leaf, chain in cast("nn.ModuleDict", module.parametrizations).items():
                 if isinstance(chain[0], _Tied):  # pyright: ignore[reportIndexIssue]
-                    yield module, leaf, chain[0]  # pyright: ignore[reportIndexIssue]
+                    yield path, module, leaf, chain[0]  # pyright: ignore[reportIndexIssue]
 
 
 def _by_parameter(model: nn.Module, plan: TiePlan) -> dict[str, list[Tie]]:
@@ -260,7 +257,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """
     parameter = dict(model.named_parameters())[name]
     holders = [
-        (module, leaf, f"{path}.{leaf}" if path else leaf)
+        (module, leaf, qualified(path, leaf))
         for path, module in model.named_modules()
         for leaf, held in module.named_parameters(recurse=False, remove_duplicate=False)
         if held is parameter

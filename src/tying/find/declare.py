@@ -11,7 +11,7 @@ from torch import nn
 
 from tying.errors import PlanError
 from tying.groups import Groups
-from tying.plan import Member, Partition, Tie, TiePlan
+from tying.plan import Member, Partition, Tie, TiePlan, qualified
 
 Selector = str | type[nn.Module] | tuple[str | type[nn.Module], Groups]
 """A name or pattern (`"blocks.*.fc1.weight"`) or a module type (its `weight`s), with the Groups to read it by."""
@@ -90,7 +90,7 @@ def _select(model: nn.Module, selector: Selector) -> list[Member]:
     else:
         modules = [name for name, module in model.named_modules() if isinstance(module, pattern)]
         known = dict(model.named_parameters())
-        names = [full for name in modules if (full := f"{name}.weight".lstrip(".")) in known]
+        names = [full for name in modules if (full := qualified(name, "weight")) in known]
     if not names:
         available = ", ".join(name for name, _ in model.named_parameters())
         raise PlanError(

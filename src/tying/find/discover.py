@@ -170,8 +170,7 @@ def _walk(
         tie = choose(Candidate(member, kept, matrix.numpy(), units.get(member.parameter, 1)))
         if member.groups == Groups.outputs():
             units[member.parameter] = tie.partition.classes
-        stays = torch.as_tensor(tie.partition.labels >= 0)
-        current[member.parameter] = member.groups.write(matrix * stays[:, None], weight.shape)
+        current[member.parameter] = member.groups.write(tie.partition.prune(matrix), weight.shape)
         ties.append(tie)
     return ties
 

@@ -20,7 +20,7 @@ from tying.files.atomic import write_atomically
 from tying.files.packing import Packed, pack, unpack
 from tying.files.sealed import seal, unseal
 from tying.groups import Groups
-from tying.plan import Member, Partition, Tie, TiePlan
+from tying.plan import Member, Partition, Tie, TiePlan, qualified
 from tying.store.state import (
     EXTRA,
     State,
@@ -263,7 +263,9 @@ def _without_known(description: Description, state: State) -> Description:
     shapes = {name: list(shape) for name, shape in state.shapes().items()}
     lean: Description = {}
     for path, entry in description.items():
-        unknown = {leaf: s for leaf, s in entry["tensors"].items() if s is None or shapes.get(_join(path, leaf)) != s}
+        unknown = {
+            leaf: s for leaf, s in entry["tensors"].items() if s is None or shapes.get(qualified(path, leaf)) != s
+        }
         rest = {key: value for key, value in entry.items() if key != "tensors"}
         lean[path] = {**rest, "tensors": unknown} if unknown else rest
     return lean
@@ -290,7 +292,3 @@ def _with_known(lean: Description, state: State) -> Description:
 def _is_shape(value: Any) -> bool:
     sizes = cast("list[Any]", value) if isinstance(value, list) else [None]
     return all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-
-
-def _join(path: str, leaf: str) -> str:
-    return f"{path}.{leaf}" if path else leaf

@@ -13,7 +13,7 @@ from tying.enforce.surgery import TIED
 from tying.enforce.tie import plan_of
 from tying.errors import PlanError
 from tying.groups import Groups
-from tying.plan import Member, Partition, Tie, TiePlan
+from tying.plan import Member, Partition, Tie, TiePlan, qualified
 from tying.store.state import State, same_bits
 
 
@@ -72,7 +72,7 @@ def plan_in_force(model: nn.Module) -> TiePlan:
           0.weight[inputs]: 3 groups → 2 values, 0 pruned
     """
     ties = [
-        Tie((Member(f"{name}.weight" if name else "weight", Groups.inputs()),), module.partition)
+        Tie((Member(qualified(name, "weight"), Groups.inputs()),), module.partition)
         for name, module in model.named_modules()
         if isinstance(module, tuple(TIED.values()))
     ]
