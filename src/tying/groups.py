@@ -75,6 +75,11 @@ class Groups:
         """One group: the whole parameter."""
         return Groups("whole")
 
+    def axes(self, dimensions: int) -> tuple[int, ...]:
+        """Return the axes along which the groups of a parameter with so many dimensions are counted."""
+        known: dict[Kind, tuple[int, ...]] = {"inputs": (1,), "outputs": (0,), "filters": (0, 1), "whole": ()}
+        return known.get(self.kind, tuple(range(dimensions)))
+
     def shape(self, parameter_shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
         """Return `(G, D)` for a parameter of this shape.
 
@@ -130,6 +135,38 @@ class Groups:
 
     def __str__(self) -> str:
         return cast(str, self.kind)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter that takes part in joined groups: position i of `axis` belongs to group `labels[i]`, −1 to none."""
+
+    parameter: str
+    axis: int
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Groups that lie side by side in several parameters: all that reads one channel is one group.
+
+    A group's numbers are those of all the parts at the positions with its label. Of a channel that several layers
+    read, each layer by itself may prune its share and the channel still can't go; joined, it vanishes as one.
+
+    Attributes:
+        parts: At least one; one parameter may take part several times, along different axes or positions.
+        count: G, the number of groups.
+
+    Example:
+        >>> Joined((Part("left.weight", 1, (0, 1, 2)), Part("right.weight", 1, (0, 1, 2))), 3).count
+        3
+    """
+
+    parts: tuple[Part, ...]
+    count: int
+
+    def __str__(self) -> str:
+        return " + ".join(f"{part.parameter}[axis {part.axis}]" for part in self.parts)
 
 
 def group_norms(matrix: Tensor) -> Tensor:
