@@ -55,6 +55,15 @@ class Penalty(Protocol):
         ...
 
 
+@runtime_checkable
+class OnNorms(Penalty, Protocol):
+    """A penalty Σ_i t_i ‖X‖_[i] on the sorted norms of the groups: its prox takes no more than the norms."""
+
+    def thresholds(self, count: int, step: float) -> Vector:
+        """Return the t of G groups, times the step: `(G,)` float64, largest first."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Strength:
     strength: float
@@ -152,9 +161,13 @@ class GroupLasso(_Strength):
         norms = finite_norms(matrix)
         return rescale_groups(matrix, norms, np.maximum(norms - self._threshold(step), 0.0))
 
+    def thresholds(self, count: int, step: float) -> Vector:
+        """Return step · strength, G times: see `OnNorms`."""
+        return np.full(count, self._threshold(step))
+
     def certify(self, matrix: Tensor, prox_of_matrix: Tensor, step: float) -> Certificate:
         """Return by how much `prox_of_matrix` misses optimality: see `certify_sorted`."""
-        return certify_sorted(matrix, prox_of_matrix, np.full(len(matrix), self._threshold(step)))
+        return certify_sorted(matrix, prox_of_matrix, self.thresholds(len(matrix), step))
 
 
 @dataclass(frozen=True)
@@ -221,7 +234,7 @@ class GrOWL(_Sorted):
 
     def value(self, matrix: Tensor) -> Tensor:
         """Return Ω, a float64 scalar."""
-        return owl_norm(torch.from_numpy(finite_norms(matrix)), self._weights(len(matrix)))
+        return owl_norm(torch.from_numpy(finite_norms(matrix)), self.thresholds(len(matrix), 1.0))
 
     def prox(self, matrix: Tensor, step: float) -> Tensor:
         """Return `prox_growl`, same shape and dtype.
@@ -229,11 +242,15 @@ class GrOWL(_Sorted):
         Raises:
             PenaltyError: If the matrix is not finite, or explicit weights are not as many as its groups.
         """
-        return prox_growl(matrix, self._weights(len(matrix), step))
+        return prox_growl(matrix, self.thresholds(len(matrix), step))
+
+    def thresholds(self, count: int, step: float) -> Vector:
+        """Return step · strength · λ: see `OnNorms`."""
+        return self._weights(count, step)
 
     def certify(self, matrix: Tensor, prox_of_matrix: Tensor, step: float) -> Certificate:
         """Return by how much `prox_of_matrix` misses optimality: see `certify_sorted`."""
-        return certify_sorted(matrix, prox_of_matrix, self._weights(len(matrix), step))
+        return certify_sorted(matrix, prox_of_matrix, self.thresholds(len(matrix), step))
 
 
 def _scalar(value: np.floating) -> Tensor:

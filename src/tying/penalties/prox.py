@@ -141,7 +141,7 @@ def to_vector(tensor: Tensor) -> Vector:
     """
     _check_floating(tensor)
     values = tensor.detach().reshape(-1).to("cpu", torch.float64).numpy()
-    _check_finite(values, "entry")
+    check_finite(values, "entry")
     return values
 
 
@@ -160,7 +160,7 @@ def finite_norms(matrix: Tensor) -> Vector:
     if matrix.dim() != 2:
         raise PenaltyError(f"matrix: expected shape (G, D), got {tuple(matrix.shape)}; read it through Groups")
     norms = group_norms(matrix).cpu().numpy()
-    _check_finite(norms, "group")
+    check_finite(norms, "group")
     return norms
 
 
@@ -171,7 +171,8 @@ def _check_floating(tensor: Tensor) -> None:
         )
 
 
-def _check_finite(values: Vector, what: str) -> None:
+def check_finite(values: Vector, what: str) -> None:
+    """Raise `PenaltyError` if one of `(n,)` numbers is not finite; `what` says what each stands for."""
     if not np.isfinite(values).all():
         where = np.flatnonzero(~np.isfinite(values))
         raise PenaltyError(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from tying.errors import PenaltyError, TyingWarning
 from tying.penalties.sequences import check_not_negative
-from tying.train.rules import Rules, Target, resolve
+from tying.train.rules import Place, Rules, Target, resolve
+from tying.train.sweep import Sweep
 
 Every = Literal["step", "epoch"]
 
@@ -85,10 +87,11 @@ class ProximalHandle:
     """The penalties that `proximal` put on an optimizer's steps."""
 
     def __init__(self, optimizer: Optimizer, targets: list[Target], period: int | None, freeze_zeros: bool) -> None:
-        self._targets, self._period, self._freeze_zeros = targets, period, freeze_zeros
+        self._targets, self._period = targets, period
+        self._sweep = Sweep(targets)
         self._steps = 0  # since the last prox
         self._pending = dict.fromkeys((target.key for target in targets), 0.0)
-        self._dead: dict[str, Tensor] = {}  # (G,) bool
+        self._dead = {target.key: torch.zeros(target.count, dtype=torch.bool) for target in targets if freeze_zeros}
         self._never_stepped = set(self._pending)
         self._removed = False
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -99,7 +102,7 @@ class ProximalHandle:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the parameters under a penalty, in the order in which they are computed."""
-        return tuple(dict.fromkeys(target.name for target in self._targets))
+        return tuple(dict.fromkeys(place.name for target in self._targets for place in target.places))
 
     def prox_(self) -> None:
         """Apply the penalties now, with the learning rates summed since the last time; for hand-written loops.
@@ -109,24 +112,8 @@ class ProximalHandle:
         Raises:
             PenaltyError: Names the parameter that has NaN or infinity in it; no weight has changed then.
         """
-        results: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        dead: dict[str, Tensor] = {}
-        for target in self._targets:
-            step = self._pending[target.key]
-            if step == 0:
-                continue
-            _, current = results.get(id(target.parameter), (None, target.parameter.detach()))
-            try:
-                matrix = target.penalty.prox(target.groups.read(current), step)
-            except PenaltyError as error:
-                raise PenaltyError(f"{target.name}: {error}") from error
-            if self._freeze_zeros:
-                dead[target.key] = ~matrix.any(dim=1)
-            results[id(target.parameter)] = target.parameter, target.groups.write(matrix, current.shape)
-        with torch.no_grad():
-            for parameter, result in results.values():
-                parameter.copy_(result)
-        self._dead.update(dead)
+        zeros = self._sweep.step_(self._pending)
+        self._dead |= {key: zero for key, zero in zeros.items() if key in self._dead}
         self._pending = dict.fromkeys(self._pending, 0.0)
         self._count["proxes"] += 1
         self._steps = 0
@@ -196,8 +183,10 @@ class ProximalHandle:
             raise PenaltyError(
                 f"state: expected what state_dict() returned, got something else ({error}); save it again"
             ) from error
-        sizes = {target.key: target.groups.shape(target.parameter.shape)[0] for target in self._targets}
-        fits = pending.keys() == sizes.keys() and all(sizes.get(key) == len(value) for key, value in dead.items())
+        sizes = {target.key: target.count for target in self._targets}
+        fits = (pending.keys(), dead.keys()) == (sizes.keys(), self._dead.keys()) and all(
+            sizes[key] == len(value) for key, value in dead.items()
+        )
         if not fits:
             raise PenaltyError(
                 f"state: expected that of a handle on {', '.join(sizes)}, got one on {', '.join(pending)}; "
@@ -207,13 +196,12 @@ class ProximalHandle:
 
     def refuse_overlap(self, targets: list[Target]) -> None:
         """Raise `PenaltyError` if one of the targets is under this handle's penalties already."""
-        for mine in self._targets:
-            for target in targets:
-                if mine.parameter is target.parameter and mine.groups == target.groups:
-                    raise PenaltyError(
-                        f"{target.name}: expected a parameter without a penalty on its {target.groups}, got one that "
-                        "an earlier proximal() penalises; call remove() on its handle first"
-                    )
+        for target, mine in product(targets, self._targets):
+            if target.overlaps(mine):
+                raise PenaltyError(
+                    f"{target.name}: expected a parameter without a penalty on its {target.kind}, got one that "
+                    "an earlier proximal() penalises; call remove() on its handle first"
+                )
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler on optimizers that skip by themselves
@@ -222,20 +210,27 @@ class ProximalHandle:
         self._steps += 1
         self._count["steps"] += 1
         for target in self._targets:
-            if target.parameter.requires_grad and target.parameter.grad is not None:
+            stepped = [place for place in target.places if _was_stepped(place)]
+            if stepped:
                 self._never_stepped.discard(target.key)
-                self._pending[target.key] += float(optimizer.param_groups[target.param_group]["lr"])
-        self._bury_dead()
+                self._pending[target.key] += _rate(target, stepped, optimizer)
+        self._sweep.bury_(self._dead)
         if self._period is not None and self._steps >= self._period:
             self.prox_()
 
-    def _bury_dead(self) -> None:
-        for target in self._targets:
-            dead = self._dead.get(target.key)
-            if dead is not None:
-                mask = dead.to(target.parameter.device)[:, None].expand(target.groups.shape(target.parameter.shape))
-                with torch.no_grad():
-                    target.parameter.masked_fill_(target.groups.write(mask, target.parameter.shape), 0.0)
+
+def _was_stepped(place: Place) -> bool:
+    return place.parameter.requires_grad and place.parameter.grad is not None
+
+
+def _rate(target: Target, stepped: list[Place], optimizer: Optimizer) -> float:
+    rates = {float(optimizer.param_groups[place.param_group]["lr"]) for place in stepped}
+    if len(rates) > 1:
+        raise PenaltyError(
+            f"{target.key}: expected one learning rate for parameters whose groups are joined, got "
+            f"{', '.join(map(str, sorted(rates)))}; put them in one param group, or give them rules of their own"
+        )
+    return rates.pop()
 
 
 def _period(every: Every | int, steps_per_epoch: int | None) -> int | None:

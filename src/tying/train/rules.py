@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any, TypeAlias, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import is_lazy
@@ -15,28 +18,61 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
 from tying.errors import PenaltyError, PlanError
-from tying.groups import Groups
-from tying.penalties.norms import Penalty
+from tying.groups import Groups, Joined
+from tying.penalties.norms import OnNorms, Penalty
 
-Key: TypeAlias = "str | tuple[str, Groups]"
+Key: TypeAlias = "str | tuple[str, Groups] | Joined"
 Rules: TypeAlias = Mapping[Key, Penalty]
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """One parameter under one penalty."""
+class Place:
+    """Where groups lie in one parameter."""
 
     name: str
     parameter: nn.Parameter
-    groups: Groups
-    penalty: Penalty
+    axes: tuple[int, ...]
+    """Along which groups are counted."""
+    labels: NDArray[np.intp] | None
+    """The group of every position along the axis, −1 for none; None: every position is the group of its number."""
     param_group: int
     """The optimizer's param group that holds the parameter."""
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether a number of the parameter is in groups of both, counted along the same axes."""
+        if self.parameter is not other.parameter or self.axes != other.axes:
+            return False
+        return self.labels is None or other.labels is None or bool(((self.labels >= 0) & (other.labels >= 0)).any())
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Groups under one penalty."""
+
+    groups: Groups | Joined
+    places: tuple[Place, ...]
+    count: int
+    """G, the number of groups."""
+    penalty: Penalty
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter, or of the first that is joined."""
+        return self.places[0].name
+
     @property
     def key(self) -> str:
-        """Name and groups: `fc1.weight[inputs]`."""
-        return f"{self.name}[{self.groups}]"
+        """Names and groups: `fc1.weight[inputs]`."""
+        return str(self.groups) if isinstance(self.groups, Joined) else f"{self.name}[{self.groups}]"
+
+    @property
+    def kind(self) -> str:
+        """For messages."""
+        return "joined groups" if isinstance(self.groups, Joined) else str(self.groups)
+
+    def overlaps(self, other: Target) -> bool:
+        """Whether a number is in groups of both, counted along the same axes."""
+        return any(mine.overlaps(theirs) for mine, theirs in product(self.places, other.places))
 
 
 def resolve(rules: Rules, model: nn.Module, optimizer: Optimizer) -> list[Target]:
@@ -52,29 +88,36 @@ def resolve(rules: Rules, model: nn.Module, optimizer: Optimizer) -> list[Target
             f"rules: expected at least one {{parameter name: penalty}}, got {rules!r}; for instance "
             '{"fc1.weight": GrOWL(4e-3)}'
         )
-    places = _places(optimizer)
     names = dict(model.named_parameters(remove_duplicate=False))
+    places = _places(optimizer)
     targets: list[Target] = []
     for key, penalty in rules.items():
-        pattern, groups = _read_key(key, penalty)
-        found = [_target(name, names[name], groups, penalty, places, model) for name in _match(pattern, names, places)]
-        for target in found:
+        for target in _targets(key, penalty, names, places, model):
             _refuse_twice(target, targets)
             targets.append(target)
     return targets
 
 
-def _read_key(key: Any, penalty: Any) -> tuple[str, Groups]:
+def _targets(
+    key: Any, penalty: Any, names: dict[str, nn.Parameter], places: dict[int, int], model: nn.Module
+) -> list[Target]:
+    if not isinstance(penalty, Penalty) or isinstance(penalty, type):
+        raise PenaltyError(f"{key}: expected a penalty, got {penalty!r}; pass one, for instance GrOWL(4e-3)")
+    if isinstance(key, Joined):
+        return [_joined(key, penalty, names, places)]
+    pattern, groups = _read_key(key)
+    return [_target(name, names[name], groups, penalty, places, model) for name in _match(pattern, names, places)]
+
+
+def _read_key(key: Any) -> tuple[str, Groups]:
     pattern, groups = (
         cast("tuple[Any, Any]", key) if isinstance(key, tuple) and len(key) == 2 else (key, Groups.inputs())
     )
     if not isinstance(pattern, str) or not isinstance(groups, Groups):
         raise PenaltyError(
-            f"rules: expected a parameter name or (name, Groups) as key, got {key!r}; "
+            f"rules: expected a parameter name, (name, Groups) or Joined as key, got {key!r}; "
             'write "fc1.weight" or ("fc1.weight", Groups.outputs())'
         )
-    if not isinstance(penalty, Penalty) or isinstance(penalty, type):
-        raise PenaltyError(f"{pattern}: expected a penalty, got {penalty!r}; pass one, for instance GrOWL(4e-3)")
     return pattern, groups
 
 
@@ -107,6 +150,64 @@ def _trained(parameter: nn.Parameter, places: dict[int, int]) -> bool:
 def _target(
     name: str, parameter: nn.Parameter, groups: Groups, penalty: Penalty, places: dict[int, int], model: nn.Module
 ) -> Target:
+    place = _place(name, parameter, places)
+    try:
+        reason = _why_not(model, name, groups)
+        if reason:
+            raise PenaltyError(reason)
+        count, _ = groups.shape(parameter.shape)
+        penalty.prox(groups.read(parameter.detach()), 0.0)  # its dtype, its values, explicit weights' number
+    except (PenaltyError, PlanError) as error:
+        raise PenaltyError(f"{name}: {error}") from error
+    axes = groups.axes(parameter.dim())
+    return Target(groups, (replace(place, axes=axes),), count, penalty)
+
+
+def _joined(joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], places: dict[int, int]) -> Target:
+    if not isinstance(penalty, OnNorms):
+        raise PenaltyError(
+            f"{joined}: expected a penalty on the norms of groups, got {penalty!r}; use GroupLasso or GrOWL, or name "
+            "the parameters one by one"
+        )
+    found: list[Place] = []
+    for part in joined.parts:
+        place = _place(part.parameter, names[_match(part.parameter, names, places)[0]], places)
+        place = replace(place, axes=(part.axis,), labels=np.asarray(part.labels, dtype=np.intp))
+        _check_part(place, joined, found)
+        found.append(place)
+    missing = set(range(joined.count)) - {label for part in joined.parts for label in part.labels}
+    if missing or not found:
+        raise PenaltyError(
+            f"{joined}: expected every one of the {joined.count} groups in some part, got none for "
+            f"{sorted(missing)[:5]}; number the groups from 0 without gaps"
+        )
+    try:
+        penalty.thresholds(joined.count, 0.0)  # explicit weights' number
+    except PenaltyError as error:
+        raise PenaltyError(f"{joined}: {error}") from error
+    return Target(joined, tuple(found), joined.count, penalty)
+
+
+def _check_part(place: Place, joined: Joined, before: list[Place]) -> None:
+    (axis,), shape, labels = place.axes, tuple(place.parameter.shape), cast("NDArray[np.intp]", place.labels)
+    if not 0 <= axis < len(shape):
+        raise PenaltyError(
+            f"{joined}: expected an axis of {place.name}, shape {shape}, got {axis}; name one of its axes"
+        )
+    if len(labels) != shape[axis] or labels.max(initial=-1) >= joined.count or labels.min(initial=0) < -1:
+        raise PenaltyError(
+            f"{joined}: expected {shape[axis]} labels from −1 to {joined.count - 1} for axis {axis} of {place.name}, "
+            f"shape {shape}, got {len(labels)} up to {labels.max(initial=-1)}; join the groups of this very model"
+        )
+    for other in before:
+        if other.parameter is place.parameter and (other.axes != place.axes or place.overlaps(other)):
+            raise PenaltyError(
+                f"{joined}: expected every number in one group, got {place.name} along axes {other.axes[0]} and {axis} "
+                "at the same positions; give them separate rules"
+            )
+
+
+def _place(name: str, parameter: nn.Parameter, places: dict[int, int]) -> Place:
     if is_lazy(parameter):
         raise PenaltyError(f"{name}: expected a parameter with a shape, got a lazy one; run the model once first")
     if id(parameter) not in places:
@@ -115,22 +216,20 @@ def _target(
             f"{name}: expected a parameter that this optimizer steps, got one in none of its param groups{frozen}; "
             "add it to the optimizer, or drop the rule"
         )
-    try:
-        reason = _why_not(model, name, groups)
-        if reason:
-            raise PenaltyError(reason)
-        penalty.prox(groups.read(parameter.detach()), 0.0)  # its dtype, its values, explicit weights' number
-    except (PenaltyError, PlanError) as error:
-        raise PenaltyError(f"{name}: {error}") from error
-    return Target(name, parameter, groups, penalty, places[id(parameter)])
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise PenaltyError(
+            f"{name}: expected a parameter whose numbers lie apart in memory, got an expanded one; clone it first"
+        )
+    return Place(name, parameter, (), None, places[id(parameter)])
 
 
 def _refuse_twice(target: Target, targets: list[Target]) -> None:
     for other in targets:
-        if other.parameter is target.parameter and other.groups == target.groups:
+        if target.overlaps(other):
             shared = "" if other.name == target.name else f", which is the same parameter as {other.name}"
+            shared = "" if isinstance(target.groups, Joined) else shared
             raise PenaltyError(
-                f"{target.name}: expected one penalty on its {target.groups}, got several{shared}; keep one of them"
+                f"{target.name}: expected one penalty on its {target.kind}, got several{shared}; keep one of them"
             )
 
 
