@@ -47,8 +47,8 @@ class Channel:
     depend on the slices of `makers`; and the model without `slices` (every tensor cut, sizes adapted) computes
     the same. A literal size in `forward` (`view(-1, 256)`) is beyond what the graph can tell: compare afterwards.
 
-    A blocked channel can't be cut, but its readers are still all of its readers. Exception: where it meets an
-    operation without a rule, the reason names that operation, and what happens behind it is unknown.
+    A blocked channel can't be cut, but its readers are still all of its readers, unless it was `lost`. What else may
+    feel it are the channels that it is normalised with, by their common mean and scale, and the model's outputs.
     """
 
     makers: tuple[Slice, ...]
@@ -59,6 +59,9 @@ class Channel:
     `nn.ConvTransposeNd.weight`). Empty: nobody reads it."""
     blocked: str | None
     """Why it can't be removed, in words that name the operation and the module, or None."""
+    lost: str | None = None
+    """Why more than `readers` may depend on it, or None: an operation without a rule takes it, say. Then it is blocked,
+    too."""
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -134,7 +137,7 @@ def find_channels(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...])
 def channels_of(graph: Graph) -> Channels:
     """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
     ledger = trace(graph).ledger
-    classes, reasons = ledger.settle()
+    classes, reasons, losses = ledger.settle()
     makers: dict[int, list[Slice]] = {}
     readers: dict[int, list[Slice]] = {}
     order: dict[int, None] = {}
@@ -149,7 +152,9 @@ def channels_of(graph: Graph) -> Channels:
                     order[found] = None
                     part = Slice(name, axis, tuple(members), graph.aliases[name])
                     parts.setdefault(found, []).append(part)
-    return Channels(tuple(Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c]) for c in order))
+    return Channels(
+        tuple(Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c], losses[c]) for c in order)
+    )
 
 
 def trace(graph: Graph) -> Tracer:

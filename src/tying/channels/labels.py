@@ -17,6 +17,8 @@ from torch import Tensor
 
 Array = NDArray[np.int64]
 
+_NOTHING: Array = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -70,6 +72,9 @@ class Ledger:
         self.reads: list[Array] = []
         self._pairs: list[Array] = []
         self._blocks: list[tuple[Array, str]] = []
+        self._lost: list[tuple[Array, str]] = []
+        self._summaries: list[tuple[Array, Array, str]] = []
+        self._spreads: list[tuple[Array, Array, str]] = []
         self._whole: list[tuple[Tensor, str]] = []
         self._fixed: list[tuple[Tensor, int, int | None, str]] = []
         self._kept: list[tuple[Array, Array, str]] = []
@@ -102,6 +107,27 @@ class Ledger:
         """Say why these can't be removed; the first reason given is the one reported."""
         self._blocks.append((unique(labels), reason))
 
+    def lose(self, labels: Tensor, reason: str) -> None:
+        """Say why what depends on these is not known in full; they can't be removed either."""
+        self.block(labels, reason)
+        self._lost.append((unique(labels), reason))
+
+    def summarise(self, labels: Tensor, summary: Tensor, reason: str) -> None:
+        """Say that numbers like a mean or a norm are taken over channels: these can't be removed.
+
+        They are lost only if the summary does more than scale or shift the channels that it was taken over, as in a
+        normalisation written by hand.
+        """
+        self.block(labels, reason)
+        self.reads.append(unique(labels))
+        self._summaries.append((unique(labels), unique(summary), reason))
+
+    def spread(self, labels: Tensor, over: Sequence[Tensor], reason: str) -> None:
+        """Say that one value meets several channels: it belongs to none of them, and is lost unless a summary."""
+        self.block(labels, reason)
+        self.reads.append(unique(labels))
+        self._spreads.append((unique(labels), np.unique(np.concatenate([unique(o) for o in over])), reason))
+
     def mark_made(self, labels: Tensor) -> None:
         """Record that these slices of parameters make their channels."""
         self.made[_flat(labels)] = True
@@ -132,14 +158,13 @@ class Ledger:
         """Block, in the end, the channels that go into an operation and neither leave it nor are read by it."""
         self._kept.append((before, after, reason))
 
-    def settle(self) -> tuple[Array, list[str | None]]:
-        """Return the channel of every label, and for every channel the reason why it is blocked, if any."""
+    def settle(self) -> tuple[Array, list[str | None], list[str | None]]:
+        """Return the channel of every label, and for every channel why it is blocked and why it is lost, if so."""
         classes = self._classes()
         reasons: list[str | None] = [None] * (int(classes.max(initial=-1)) + 1)
 
         def block(found: Array, reason: str) -> None:
-            for index in np.unique(found):
-                reasons[index] = reasons[index] or reason
+            _give(reasons, found, reason)
 
         for labels, reason in self._blocks:
             block(classes[labels], reason)
@@ -154,7 +179,24 @@ class Ledger:
             block(found[~free], reason)
         for before, after, reason in self._kept:
             block(np.setdiff1d(classes[before], classes[after]), reason)
-        return classes, reasons
+        return classes, reasons, self._losses(classes)
+
+    def _losses(self, classes: Array) -> list[str | None]:
+        """Return, for every channel, why what depends on it is not known in full, if so."""
+        losses: list[str | None] = [None] * (int(classes.max(initial=-1)) + 1)
+        for labels, reason in self._lost:
+            _give(losses, classes[labels], reason)
+        for before, after, reason in self._kept:
+            _give(losses, np.setdiff1d(classes[before], classes[after]), reason)
+        summaries = [(classes[of], np.unique(classes[summary]), reason) for of, summary, reason in self._summaries]
+        for labels, over, reason in self._spreads:
+            fits = [summary for of, summary, _ in summaries if np.isin(classes[over], of).all()]
+            _give(losses, np.setdiff1d(classes[labels], np.concatenate(fits or [_NOTHING])), reason)
+        read = np.unique(classes[: self.named][self.read])
+        for of, summary, reason in reversed(summaries):  # a summary of a summary comes later
+            if np.isin(summary, read).any() or any(losses[index] for index in summary.tolist()):
+                _give(losses, of, reason)
+        return losses
 
     def _classes(self) -> Array:
         from scipy.sparse import coo_array
@@ -186,6 +228,12 @@ def varies(labels: Tensor, dim: int) -> bool:
 def unique(labels: Tensor) -> Array:
     """Return the distinct labels, ascending."""
     return np.unique(_flat(squash(labels)[0]))
+
+
+def _give(reasons: list[str | None], found: Array, reason: str) -> None:
+    """Give the channels a reason, unless they have one."""
+    for index in np.unique(found).tolist():
+        reasons[index] = reasons[index] or reason
 
 
 def _flat(labels: Tensor) -> Array:

@@ -127,9 +127,10 @@ def pointwise(tracer: Tracer, call: Call) -> Any:
     for labels, original in zip(padded, operands, strict=True):
         wide = [d for d, n in enumerate(shape) if n > 1 and labels.shape[d] == 1]
         others = [other for other in padded if other is not labels]
-        over = varies if bool((squash(labels)[0] >= ledger.named).all()) else ledger.splits
-        if any(over(other, d) for other in others for d in wide):
-            ledger.block(labels, f"{call} spreads it over other channels")
+        differ = varies if bool((squash(labels)[0] >= ledger.named).all()) else ledger.splits
+        over = [other for other in others if any(differ(other, d) for d in wide)]
+        if over:
+            ledger.spread(labels, over, f"{call} spreads it over other channels")
         else:
             kept.append(original if tuple(original.shape) == shape else labels)
     if not kept:
@@ -255,10 +256,14 @@ def coupled_norm(tracer: Tracer, call: Call) -> Any:
 
 
 def coupled(tracer: Tracer, call: Call) -> Any:
-    """Block channels that lie along the axis; along any other axis they don't feel it."""
+    """Block channels that lie along the axis; along any other axis they don't feel it.
+
+    A softmax only scales them by what they have in common; after a cumulative sum each stands in many.
+    """
     labels = tracer.labels(call["self"], call)
     if labels.ndim and varies(labels, int(call["dim"]) % labels.ndim):
-        tracer.ledger.block(labels, f"{call} mixes it with others")
+        keep = tracer.ledger.block if "softmax" in call.name else tracer.ledger.lose
+        keep(labels, f"{call} mixes it with others")
     return labels
 
 
@@ -274,14 +279,17 @@ def window(tracer: Tracer, call: Call) -> Any:
 
 
 def reduction(tracer: Tracer, call: Call) -> Any:
-    """Mean, sum, largest … over axes along which no channels lie."""
+    """Mean, sum, largest … over axes along which no channels lie; over channels, a summary that belongs to nobody."""
     labels = tracer.labels(call["self"], call)
     given = call["dim"]
     dims = [given] if isinstance(given, int) else list(given or range(labels.ndim))
     dims = [d % labels.ndim for d in dims]
     narrowed = _narrow(tracer, labels, dims)
     if narrowed is None:
-        return tracer.deny(call, f"{call} puts it together with others")
+        summaries = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs]
+        for summary in summaries:
+            tracer.ledger.summarise(labels, summary, f"{call} puts it together with others")
+        return summaries if isinstance(call.node.meta.get("val"), list | tuple) else summaries[0]
     return _first_output(tracer, call, narrowed.reshape(call.shape))
 
 

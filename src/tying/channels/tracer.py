@@ -50,7 +50,8 @@ class Tracer:
             if axis is not None:
                 long = [labels for labels in long if varies(labels, axis)]
             elif like is not None and len(long) > 1:
-                long = [labels for labels in long if _correspond(labels, like)]
+                exactly = [labels for labels in long if _correspond(labels, like)]
+                long = exactly or [labels for labels in long if _determines(like, labels)]
             if len(long) == 1:
                 self.ledger.mark_made(long[0])
                 return long[0]
@@ -61,11 +62,16 @@ class Tracer:
         return self.ledger.anonymous(shape, reason)
 
     def column(self, labels: Tensor, axis: int, reason: str) -> Tensor | None:
-        """Return one label per index of the axis, uniting what shares an index; None and blocked if channels cross."""
+        """Return one label per index of the axis, uniting what shares an index; None and blocked if channels cross.
+
+        Blocked as well where different channels share an index, as in a sequence that begins with a learned token.
+        """
         axis %= labels.ndim
         if any(self.ledger.splits(labels, d) for d in range(labels.ndim) if d != axis):
             self.ledger.block(labels, reason)
-            return None
+            index = spread(torch.arange(labels.shape[axis]), axis, labels.ndim)
+            if not _determines(labels, index):
+                return None
         line = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
         self.ledger.unite(labels, spread(line, axis, labels.ndim))
         return line
@@ -85,10 +91,11 @@ class Tracer:
                 self.ledger.mark_made(along)
 
     def deny(self, call: Call, reason: str | None = None) -> Any:
-        """Block all that goes in; what comes out belongs to nobody."""
+        """Block all that goes in, and lose sight of it; what comes out belongs to nobody."""
         reason = reason or f"{call} has no rule"
         for value in values_in(list(call.arguments.values())):
-            self.block(value, reason)
+            for labels in value.axes if isinstance(value, Weight) else [value]:
+                self.ledger.lose(labels, reason)
         made = [
             self.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") if isinstance(out, Tensor) else None
             for out in call.outputs
@@ -112,6 +119,12 @@ def spread(line: Tensor, axis: int, ndim: int) -> Tensor:
 
 def _correspond(left: Tensor, right: Tensor) -> bool:
     """Whether each label of one side always meets the same label of the other."""
+    return _determines(left, right) and _determines(right, left)
+
+
+def _determines(left: Tensor, right: Tensor) -> bool:
+    """Whether each label of the left always meets the same label of the right."""
     a, b = (t.reshape(-1) for t in squash(left, right))
-    pairs = torch.stack([a, b]).unique(dim=1).shape[1]
-    return pairs == len(a.unique()) == len(b.unique())
+    a = a.unique(return_inverse=True)[1]
+    one = torch.empty_like(b).scatter_(0, a, b)  # any of those that it meets
+    return bool((one[a] == b).all())
