@@ -1,23 +1,29 @@
-"""The kernel: the prox of the sorted-L1 norm on magnitudes, of many layers at once, exact, in float64 on the CPU.
+"""The kernel: the prox of the sorted-L1 norm, of many layers at once, exact, in float64 on the CPU.
 
-x = argmin ½‖x − m‖² + Σ_i t_i |x|_[i] is: the magnitudes sorted, less the thresholds, made non-increasing by averaging
-neighbours (an isotonic regression), clipped at zero, put back in their places. One sort and one regression serve all
-layers: between two layers stands a step that no averaging crosses. Source: Bogdan et al., arXiv 1407.3824.
+x = argmin ½‖x − m‖² + Σ_i t_i |x|_[i] is: the magnitudes sorted, less the thresholds, made monotone by averaging
+neighbours (an isotonic regression), clipped at zero, put back in their places. One sort and one regression serve many
+layers: between two layers stands a step that no averaging crosses. Everything runs from the smallest to the largest, as
+sorts do. Source: Bogdan et al., arXiv 1407.3824.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
-Indices = NDArray[np.intp]
+from tying.penalties.isotonic import Indices, Vector, fit_difference, pool
+from tying.penalties.order import ascending, ascending_by_label
+
+Floats = TypeVar("Floats", bound=NDArray[Any])
 
 _TOGETHER = 64
-"""Segments in one regression. Each is offset by 2.5 from the last, so the furthest is rounded to 80 eps."""
+"""Segments in one regression. Each is offset by 2.5 from the last, so the furthest is rounded to 80 half eps."""
+
+_ALONE = 4096
+"""A segment as long gains nothing from company."""
 
 
 def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int] | None = None) -> Vector:
@@ -42,55 +48,97 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
     sizes = np.array([len(magnitudes)] if lengths is None else lengths, dtype=np.intp)
     sizes = sizes[sizes > 0]
     ends = np.cumsum(sizes)
-    starts = ends - sizes
-    if np.array_equal(thresholds[starts], thresholds[ends - 1]):  # flat: the order doesn't matter
+    if (thresholds[ends - sizes] == thresholds[ends - 1]).all():  # flat: the order doesn't matter
         return np.maximum(magnitudes - thresholds, 0.0)
-    order = _descending(magnitudes, sizes)
-    ordered = magnitudes[order]
-    lowered = ordered - thresholds
-    fitted = np.empty_like(lowered)
-    for first in range(0, len(sizes), _TOGETHER):
-        some = slice(first, first + _TOGETHER)
-        span = slice(starts[some][0], ends[some][-1])
-        peaks = np.maximum(ordered[starts[some]], thresholds[starts[some]])
-        fitted[span] = _averaged(lowered[span], peaks, sizes[some])
-    _equalise(ordered, fitted, starts)
-    result = np.empty_like(fitted)
-    result[order] = fitted
+    result = np.empty_like(magnitudes)
+    start = 0
+    for some in _sets(sizes):
+        span = slice(start, start := start + int(sizes[some].sum()))
+        _solve(magnitudes[span], thresholds[span], sizes[some], result[span])
     return result
 
 
-def _descending(magnitudes: Vector, sizes: Indices) -> Indices:
-    """Return the order in which every segment is non-increasing, segments staying where they are."""
-    order = np.argsort(magnitudes)[::-1]
+def shrink_vector(values: Floats, thresholds: Vector) -> Floats:
+    """Return the prox of the sorted-L1 norm at numbers of either sign: one segment.
+
+    Equal magnitudes come out equal bit for bit, and no −0.0 comes out.
+
+    Args:
+        values: `(n,)`, float32 or float64, C-contiguous, in any order.
+        thresholds: `(n,)` float64: finite, ≥ 0, non-increasing.
+
+    Returns:
+        `(n,)`, rounded once from float64 to the dtype of the values.
+
+    Raises:
+        FloatingPointError: If a value is NaN or infinite.
+
+    Example:
+        >>> shrink_vector(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
+        array([-2.25,  1.  ,  2.25])
+    """
+    order, ordered = ascending(values)
+    if len(ordered) and not ordered[-1] < np.inf:
+        raise FloatingPointError
+    result = np.empty_like(values)
+    result[order] = _fitted(ordered, thresholds)
+    np.copysign(result, values, out=result)
+    result += 0.0  # −0.0 is 0.0 then
+    return result
+
+
+def _sets(sizes: Indices) -> Iterator[slice]:
+    """Cut the segments into sets that are solved at once: up to 64 short ones, or one that is long."""
+    if len(sizes) <= _TOGETHER and sizes.max(initial=0) < _ALONE:
+        yield slice(0, len(sizes))
+        return
+    first = 0
+    for last, size in enumerate(sizes.tolist()):
+        if size >= _ALONE and first < last:
+            yield slice(first, last)
+            first = last
+        if size >= _ALONE or last + 1 - first == _TOGETHER:
+            yield slice(first, last + 1)
+            first = last + 1
+    if first < len(sizes):
+        yield slice(first, len(sizes))
+
+
+def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices, result: Vector) -> None:
     if len(sizes) == 1:
-        return order
-    labels = np.repeat(np.arange(len(sizes), dtype=np.min_scalar_type(len(sizes))), sizes)
-    return order[np.argsort(labels[order], kind="stable")]  # of integers: a radix sort
-
-
-def _averaged(lowered: Vector, peaks: Vector, sizes: Indices) -> Vector:
-    """Return the best non-increasing fit of every segment, clipped at zero; `peaks` bound the segments' magnitudes."""
-    if len(sizes) == 1:
-        return np.maximum(_regression(lowered).x, 0.0)
-    units = np.where(peaks > 0, peaks, 1.0)
-    steps = 2.5 * (len(sizes) / 2 - np.arange(len(sizes)))
-    blocks = _regression(lowered / np.repeat(units, sizes) + np.repeat(steps, sizes)).blocks
-    counts = blocks[1:] - blocks[:-1]
-    means = np.add.reduceat(lowered, blocks[:-1]) / counts  # what is averaged was decided with offsets, not the average
-    return np.repeat(np.maximum(means, 0.0), counts)
-
-
-def _regression(values: Vector) -> Any:
-    from scipy.optimize import isotonic_regression
-
-    return cast(Any, isotonic_regression(values, increasing=False))
-
-
-def _equalise(ordered: Vector, fitted: Vector, starts: Indices) -> None:
-    """Give magnitudes that are equal the fit of the first of them, in place: rounding may have told them apart."""
+        order, ordered = ascending(magnitudes)
+        result[order] = _fitted(ordered, thresholds)
+        return
+    # The last segment first: the thresholds, largest first in each, then only need to be read backwards.
+    labels = np.repeat(np.arange(len(sizes) - 1, -1, -1, dtype=np.uint8), sizes)
+    order = ascending_by_label(magnitudes, labels)
+    ordered, thresholds, sizes = magnitudes[order], thresholds[::-1], sizes[::-1]
+    lasts = np.cumsum(sizes) - 1
+    units = np.maximum(ordered[lasts], thresholds[lasts])
+    units[units == 0.0] = 1.0
+    lowered = ordered - thresholds
+    apart = lowered / np.repeat(units, sizes)
+    apart += np.repeat(2.5 * (np.arange(len(sizes)) - len(sizes) / 2), sizes)
+    edges = pool(apart)
+    counts = edges[1:] - edges[:-1]
+    # What is averaged was decided with the steps in between; the averages are taken without.
+    fit = np.repeat(np.maximum(np.add.reduceat(lowered, edges[:-1]) / counts, 0.0), counts)
     equal = ordered[1:] == ordered[:-1]
-    equal[starts[1:] - 1] = False  # neighbours of two segments
-    if (equal & (fitted[1:] != fitted[:-1])).any():
+    equal[lasts[:-1]] = False
+    result[order] = _equalised(fit, equal)
+
+
+def _fitted(ordered: NDArray[Any], thresholds: Vector) -> Vector:
+    """Return what becomes of one segment's magnitudes, sorted, smallest first."""
+    fit = fit_difference(ordered, thresholds[::-1])
+    if len(fit) and fit[0] < 0.0:
+        np.maximum(fit, 0.0, out=fit)
+    return _equalised(fit, ordered[1:] == ordered[:-1])
+
+
+def _equalised(fit: Vector, equal: NDArray[np.bool_]) -> Vector:
+    """Give magnitudes that are equal to the one before, `(n − 1,)`, its fit: rounding may have told them apart."""
+    if equal.any() and (equal & (fit[1:] != fit[:-1])).any():
         firsts = np.flatnonzero(np.concatenate([[True], ~equal]))
-        fitted[:] = np.repeat(fitted[firsts], np.diff(firsts, append=len(fitted)))
+        return np.repeat(fit[firsts], np.diff(firsts, append=len(fit)))
+    return fit
