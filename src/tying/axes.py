@@ -7,7 +7,8 @@ what lies after is a dot product. Both run at the speed of memory.
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SAFE = (1e-24, 1e30)
-"""Where the largest square of a tensor is formed in float32 without losing what counts."""
+Squares = NDArray[np.float64]
+
+SAFE = (1e-24, 1e30)
+"""Between these lies the largest of some squares if forming them in float32 has lost nothing that counts."""
 _ADDED = 8
 """So many squares are added up in float32; the sums of those in float64: norms are 1e-7 off at most."""
 _AT_ONCE = 32
@@ -48,14 +51,15 @@ def in_memory_order(tensor: Tensor, kept: tuple[int, ...]) -> Tensor | None:
     return ordered.view(prod(sizes[:first]), prod(sizes[first:last]), prod(sizes[last:]))
 
 
-def squares(view: Tensor) -> Tensor:
+def squares(view: Tensor, *, precise: bool = False) -> Tensor:
     """Return Σ w² at each of the n positions of an `(A, n, B)` view that is not empty, over A and B.
 
     Equal groups give equal sums, bit for bit, wherever they stand: every position is summed in the same order.
 
     Args:
-        view: As `in_memory_order` gives it, any real floating dtype, any device. Squares of 16-bit numbers are formed
-            in float32, of float32 in float32 (so that 1e-19 counts as 0, and 1e19 overflows).
+        view: As `in_memory_order` gives it, any real floating dtype, any device.
+        precise: Whether squares are formed in float64, slowly. Without, those of float32 and of 16-bit numbers are
+            formed in float32: 1e-19 and less count as 0, 1e19 and more overflow.
 
     Returns:
         `(n,)` float64 on the same device; the square roots are within 1e-7 of exact ones (float64: 1e-14).
@@ -65,11 +69,27 @@ def squares(view: Tensor) -> Tensor:
         tensor([25.,  4.], dtype=torch.float64)
     """
     if view.device.type != "cpu":
-        dtype = torch.float64 if view.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if precise or view.dtype == torch.float64 else torch.float32
         return torch.linalg.vector_norm(view, dim=(0, 2), dtype=dtype).double().square_()
-    if view.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(_sum(view.numpy()))
-    return _squares_in(torch.float32, view)
+    with quiet():
+        return torch.from_numpy(_squares_in(torch.float64, view) if precise else adder(view)())
+
+
+def adder(view: Tensor) -> Callable[[], Squares]:
+    """Return `squares` of an `(A, n, B)` view on the CPU as a function to call again and again, inside of `quiet`."""
+    if view.dtype not in (torch.float32, torch.float64):
+        return partial(_squares_in, torch.float32, view)
+    before, count, after = view.shape
+    array = view.numpy()
+    if before == 1:
+        return partial(_sum_after, array[0])
+    matrix = array.reshape(before, count * after)
+    return partial(_sum_before, matrix) if after == 1 else partial(_sum_both, matrix, after)
+
+
+def quiet() -> np.errstate:
+    """Overflow is no warning here: what is not finite is told by name, or squared again in float64."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def squares_anywhere(tensor: Tensor, kept: tuple[int, ...]) -> Tensor:
@@ -87,22 +107,20 @@ def squares_anywhere(tensor: Tensor, kept: tuple[int, ...]) -> Tensor:
     if view is None:
         view = tensor.movedim(kept, tuple(range(len(kept)))).reshape(1, count, -1)
     total = squares(view)
-    if not _SAFE[0] < float(total.max()) < _SAFE[1] and view.dtype != torch.float64:
-        total = _squares_in(torch.float64, view)
-    return total
+    return total if SAFE[0] < float(total.max()) < SAFE[1] else squares(view, precise=True)
 
 
-def _squares_in(dtype: torch.dtype, view: Tensor) -> Tensor:
+def _squares_in(dtype: torch.dtype, view: Tensor) -> Squares:
     """Return `squares` of a view converted to a wider dtype, piece by piece."""
     before, count, after = view.shape
-    if count == 1:
-        view, axis, size = view.reshape(-1, 1, 1), 0, _CONVERTED
-    elif before > 1:
-        axis, size = 0, _CONVERTED // (count * after)
-    else:
-        axis, size = 1, _CONVERTED // after
-    sums = [squares(piece.to(dtype)) for piece in view.split(max(1, size), dim=axis)]
-    return torch.cat(sums) if axis else reduce(Tensor.add_, sums)
+    if before == 1 and count > 1:
+        pieces = view.split(max(1, _CONVERTED // after), dim=1)
+        return np.concatenate([adder(piece.to(dtype))() for piece in pieces])
+    rows = view.reshape(-1, 1, 1) if count == 1 else view
+    total = np.zeros(count)
+    for piece in rows.split(max(1, _CONVERTED // rows[0].numel())):
+        total += adder(piece.to(dtype))()
+    return total
 
 
 def scaled(view: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +139,12 @@ def broadcast(tensor: Tensor, kept: tuple[int, ...], factors: Tensor) -> tuple[T
     return moved, factors.view(*moved.shape[: len(kept)], *[1] * (moved.dim() - len(kept)))
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is told by name, or squared again in float64
-def _sum(array: NDArray[np.floating]) -> NDArray[np.float64]:
-    before, count, after = array.shape
-    if before == 1:
-        return _sum_after(array[0])
-    total = _sum_before(array.reshape(before, count * after))
-    return total if after == 1 else total.reshape(count, after).sum(axis=1)
+def _sum_both(matrix: NDArray[np.floating], after: int) -> Squares:
+    """Return the squares of an `(A, n · B)` matrix summed over A and B."""
+    return _sum_before(matrix).reshape(-1, after).sum(axis=1)
 
 
-def _sum_before(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
+def _sum_before(matrix: NDArray[np.floating]) -> Squares:
     """Return the squares of an `(A, m)` matrix summed over A."""
     total = np.zeros(matrix.shape[1])
     whole = len(matrix) - len(matrix) % _ADDED
@@ -142,7 +156,7 @@ def _sum_before(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
     return total
 
 
-def _sum_after(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
+def _sum_after(matrix: NDArray[np.floating]) -> Squares:
     """Return the squares of an `(n, B)` matrix summed over B."""
     if matrix.shape[1] == 1:
         return np.square(matrix[:, 0], dtype=np.float64)
