@@ -88,7 +88,7 @@ class ProximalHandle:
 
     def __init__(self, optimizer: Optimizer, targets: list[Target], period: int | None, freeze_zeros: bool) -> None:
         self._targets, self._period = targets, period
-        self._sweep = Sweep(targets)
+        self._sweep = Sweep(targets, tell_zeros=freeze_zeros)
         self._steps = 0  # since the last prox
         self._pending = dict.fromkeys((target.key for target in targets), 0.0)
         self._dead = {target.key: torch.zeros(target.count, dtype=torch.bool) for target in targets if freeze_zeros}

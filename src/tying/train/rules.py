@@ -10,8 +10,9 @@ from itertools import product
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
@@ -19,7 +20,8 @@ from torch.optim import Optimizer
 
 from tying.errors import PenaltyError, PlanError
 from tying.groups import Groups, Joined
-from tying.penalties.norms import OnNorms, Penalty
+from tying.penalties.norms import Lasso, OnNorms, Penalty, Ridge
+from tying.train.shards import is_sharded, why_not
 
 Key: TypeAlias = "str | tuple[str, Groups] | Joined"
 Rules: TypeAlias = Mapping[Key, Penalty]
@@ -127,6 +129,10 @@ def _match(pattern: str, names: dict[str, nn.Parameter], places: dict[int, int])
         return [pattern]
     matched = [name for name in names if fnmatchcase(name, pattern)]
     if not matched:
+        for name, parameter in names.items():  # FullyShardedDataParallel has other names
+            reason = why_not(parameter)
+            if reason:
+                raise PenaltyError(f"{name}: {reason}")
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
         listed = close or list(names)[:10]
         more = "" if close or len(names) <= 10 else ", …"
@@ -156,11 +162,30 @@ def _target(
         if reason:
             raise PenaltyError(reason)
         count, _ = groups.shape(parameter.shape)
-        penalty.prox(groups.read(parameter.detach()), 0.0)  # its dtype, its values, explicit weights' number
+        if is_sharded(parameter):
+            _check_shards(parameter, groups, penalty)
+        else:
+            penalty.prox(groups.read(parameter.detach()), 0.0)  # its dtype, its values, explicit weights' number
     except (PenaltyError, PlanError) as error:
         raise PenaltyError(f"{name}: {error}") from error
     axes = groups.axes(parameter.dim())
     return Target(groups, (replace(place, axes=axes),), count, penalty)
+
+
+def _check_shards(parameter: Tensor, groups: Groups, penalty: Penalty) -> None:
+    """Refuse what a penalty can't do without gathering the weights."""
+    if isinstance(penalty, OnNorms):
+        if len(groups.axes(parameter.dim())) == parameter.dim() > 1:
+            raise PenaltyError(
+                f"expected groups of many numbers for a parameter that is sharded, got {groups}, every number a group: "
+                "each would travel at every step; use Lasso, or Groups.inputs()"
+            )
+    elif not isinstance(penalty, (Lasso, Ridge)):
+        raise PenaltyError(
+            f"expected a penalty on single numbers or on norms for a parameter that is sharded, got {penalty!r}, which "
+            "sorts all of them; use Lasso, or GrOWL on groups"
+        )
+    penalty.prox(torch.zeros(groups.shape(parameter.shape)[0], 1, dtype=parameter.dtype), 0.0)
 
 
 def _joined(joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], places: dict[int, int]) -> Target:
@@ -210,6 +235,9 @@ def _check_part(place: Place, joined: Joined, before: list[Place]) -> None:
 def _place(name: str, parameter: nn.Parameter, places: dict[int, int]) -> Place:
     if is_lazy(parameter):
         raise PenaltyError(f"{name}: expected a parameter with a shape, got a lazy one; run the model once first")
+    reason = why_not(parameter)
+    if reason:
+        raise PenaltyError(f"{name}: {reason}")
     if id(parameter) not in places:
         frozen = "" if parameter.requires_grad else " (it is frozen)"
         raise PenaltyError(
@@ -235,6 +263,11 @@ def _refuse_twice(target: Target, targets: list[Target]) -> None:
 
 def _places(optimizer: Optimizer) -> dict[int, int]:
     """Return the param group of each parameter, by identity."""
+    if getattr(optimizer, "_overlap_with_ddp", False):  # torch's ZeroRedundancyOptimizer; otherwise it works
+        raise PenaltyError(
+            f"optimizer: expected one that changes the weights in step(), got {type(optimizer).__name__} with "
+            "overlap_with_ddp=True, which changes them in backward(); leave that out"
+        )
     for index, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise PenaltyError(
