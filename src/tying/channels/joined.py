@@ -80,10 +80,12 @@ def joined_groups(
         5 groups: stem.weight[axis 1]
         3 groups: conv.weight[axis 1] + head.weight[axis 1]
     """
+    patterns = (names,) if isinstance(names, str) else tuple(names)
+    if not patterns:
+        raise PlanError('names: expected at least one pattern, got none; "*" stands for all')
     graph = export(model, example_inputs)
     sound, lost = _readable(graph)
     found = _join(graph, sound)
-    patterns = (names,) if isinstance(names, str) else tuple(names)
     matching = [joined for joined in found if all(_matches(graph, part.parameter, patterns) for part in joined.parts)]
     for pattern in patterns:
         if not any(_matches(graph, part.parameter, (pattern,)) for joined in matching for part in joined.parts):
