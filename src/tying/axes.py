@@ -22,14 +22,14 @@ SAFE = (1e-24, 1e30)
 """Between these lies the largest of some squares if forming them in float32 has lost nothing that counts."""
 _ADDED = 8
 """So many squares are added up in float32; the sums of those in float64: norms are 1e-7 off at most."""
-_AT_ONCE = 32
-"""Sums in float32 that are held at once, for each position."""
+_HELD = 1 << 16
+"""Sums in float32 that are held at once."""
 _DOT = 256
 """Length of a dot product in float32; BLAS keeps some 64 partial sums."""
 _CONVERTED = 1 << 16
 """Numbers converted to a wider dtype at once: they stay in cache."""
 _FEW = 32
-"""Factors that change after fewer numbers than this are repeated, so that loops stay long."""
+"""Groups that lie in memory in pieces shorter than this are read number by number, so that loops stay long."""
 
 
 def in_memory_order(tensor: Tensor, kept: tuple[int, ...]) -> Tensor | None:
@@ -123,14 +123,19 @@ def _squares_in(dtype: torch.dtype, view: Tensor) -> Squares:
     return total
 
 
-def scaled(view: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return views of an `(A, n, B)` tensor and of its `(n,)` factors that multiply fast."""
+def finer(view: Tensor) -> tuple[Tensor, int]:
+    """Return an `(A, n, B)` view as `(A, n · B, 1)`, and B, where B is so small that loops over it would be short."""
     before, count, after = view.shape
-    if before == 1:
+    if before > 1 and 1 < after < _FEW:
+        return view.view(before, count * after, 1), after
+    return view, 1
+
+
+def scaled(view: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of an `(A, n, B)` tensor and of its `(n,)` factors that multiply fast; first make it `finer`."""
+    if len(view) == 1:
         return view[0], factors[:, None]
-    if after < _FEW:
-        return view.view(before, count * after), factors if after == 1 else factors.repeat_interleave(after)
-    return view, factors[:, None]
+    return (view[:, :, 0], factors) if view.shape[2] == 1 else (view, factors[:, None])
 
 
 def broadcast(tensor: Tensor, kept: tuple[int, ...], factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +153,9 @@ def _sum_before(matrix: NDArray[np.floating]) -> Squares:
     """Return the squares of an `(A, m)` matrix summed over A."""
     total = np.zeros(matrix.shape[1])
     whole = len(matrix) - len(matrix) % _ADDED
-    for start in range(0, whole, _ADDED * _AT_ONCE):
-        block = matrix[start : min(start + _ADDED * _AT_ONCE, whole)].reshape(-1, _ADDED, matrix.shape[1])
+    rows = _ADDED * max(1, _HELD // matrix.shape[1])
+    for start in range(0, whole, rows):
+        block = matrix[start : min(start + rows, whole)].reshape(-1, _ADDED, matrix.shape[1])
         total += np.einsum("kij,kij->kj", block, block).sum(axis=0, dtype=np.float64)
     if whole < len(matrix):
         total += np.einsum("ij,ij->j", matrix[whole:], matrix[whole:])

@@ -1,0 +1,170 @@
+"""What the prox costs: of a vector, against peers; of the layers of a network, against a plain loop; of training steps.
+
+python -m benchmarks.prox [--only vector layers training] [--out benchmarks/results/prox.json]
+
+One thread; what is compared runs in turn. Parts that are not asked for are kept from the last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+import tying
+from benchmarks import networks, vector_prox
+from benchmarks.record import record
+from benchmarks.timing import in_turn, spread, versus
+from tying import Groups, GrOWL
+from tying.train.rules import Target, resolve
+from tying.train.sweep import Sweep
+
+OUT = Path(__file__).parent / "results" / "prox.json"
+STEP = 1e-4
+NETWORKS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
+    "ResNet-50": networks.resnet50,
+    "ViT-S": networks.vit_small,
+    "GPT-2": networks.gpt2,
+    "50 layers of 64": lambda: networks.small_layers(64),
+    "50 layers of 128": lambda: networks.small_layers(128),
+    "50 layers of 256": lambda: networks.small_layers(256),
+}
+TRAINED = {
+    "MLP 784-300-10, batch 128": networks.mlp,
+    "ResNet-20, batch 128": networks.resnet20,
+    "transformer, 6 layers of 384": networks.transformer,
+}
+
+
+def plain_loop(weights: list[Tensor], axis: int) -> None:
+    """Group lasso as one writes it: every norm lowered by the step."""
+    for weight in weights:
+        others = [other for other in range(weight.dim()) if other != axis]
+        norms = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+        weight.mul_((1 - STEP / norms).clamp_(min=0))
+
+
+def traffic(weights: list[Tensor]) -> None:
+    """Read every weight once, then read and write it once: what two passes over memory cost at least."""
+    for weight in weights:
+        weight.sum()
+    for weight in weights:
+        weight.mul_(1.0)
+
+
+def layers(name: str, kind: str) -> dict[str, Any]:
+    """Time GrOWL over all layers of a network against the plain loop."""
+    torch.manual_seed(0)
+    model = networks.weights(NETWORKS[name]())
+    weights = [parameter.detach() for parameter in model.values()]
+    targets = resolve({("*", Groups(kind)): GrOWL(1.0)}, model, SGD(model.parameters(), lr=STEP))
+    sweep = Sweep(targets, tell_zeros=False)
+    axis = {"outputs": 0, "inputs": 1}[kind]
+    functions = {
+        "plain loop": lambda: plain_loop(weights, axis),
+        "tying": lambda: step(sweep, targets),
+        "memory traffic": lambda: traffic(weights),
+    }
+    seconds = in_turn(functions, rounds=200 if name.startswith("50") else 15)
+    bytes_ = 4 * sum(weight.numel() for weight in weights)
+    return {
+        "network": name,
+        "groups": kind,
+        "parameters": bytes_ // 4,
+        "groups_in_all": sum(target.count for target in targets),
+        "seconds": {key: spread(taken) for key, taken in seconds.items()},
+        "ratio": versus(seconds["tying"], seconds["plain loop"]),
+        "ratio_to_memory_traffic": versus(seconds["tying"], seconds["memory traffic"]),
+        "extra_memory": extra_memory(targets) / bytes_,
+    }
+
+
+def step(sweep: Sweep, targets: list[Target]) -> None:
+    """Apply the proxes."""
+    for _ in sweep.step_({target.key: STEP for target in targets}):
+        pass
+
+
+def extra_memory(targets: list[Target]) -> int:
+    """Return the most bytes that preparing and taking a step holds at a time, NumPy's and PyTorch's."""
+    tracemalloc.start()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(Sweep(targets, tell_zeros=False), targets)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most + held_by_torch(profile)
+
+
+def held_by_torch(profile: torch.profiler.profile) -> int:
+    """Return the most bytes that were allocated at a time."""
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def training(name: str) -> dict[str, Any]:
+    """Time a training step with a prox after it against one without, on the same model and batch."""
+    torch.manual_seed(0)
+    model, x, y = TRAINED[name]()
+    matrices = {key: GrOWL(1e-6) for key, parameter in model.named_parameters() if parameter.dim() > 1}
+    plain, regularised = (SGD(model.parameters(), lr=1e-3, momentum=0.9) for _ in range(2))
+    tying.proximal(regularised, model, matrices, every="step")
+    functions = {"without": lambda: train(model, plain, x, y), "with": lambda: train(model, regularised, x, y)}
+    seconds = in_turn(functions, rounds=600 if name.startswith("MLP") else 40)
+    return {
+        "network": name,
+        "regularised": list(matrices),
+        "seconds": {key: spread(taken) for key, taken in seconds.items()},
+        "ratio": versus(seconds["with"], seconds["without"]),
+    }
+
+
+def train(model: nn.Module, optimizer: SGD, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("vector", "layers", "training"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = options.only or ("vector", "layers", "training")
+    results = json.loads(options.out.read_text())["results"] if options.only and options.out.exists() else {}
+    if "layers" in wanted:
+        cases = [(name, kind) for name in NETWORKS for kind in ("outputs", "inputs")]
+        results["layers"] = [layers(*case) for case in track(cases, description="layers")]
+    if "training" in wanted:
+        results["training"] = [training(name) for name in track(TRAINED, description="training steps")]
+    if "vector" in wanted:
+        results["vector"] = vector_prox.measure()
+    record(options.out, "make bench-prox", results)
+    show(results)
+
+
+def show(results: dict[str, Any]) -> None:
+    for case in results.get("layers", []):
+        print(
+            f"{case['network']}, {case['groups']}: {case['ratio']['median']:.2f} × the plain loop, "
+            f"{case['ratio_to_memory_traffic']['median']:.2f} × memory traffic, extra memory {case['extra_memory']:.2%}"
+        )
+    for case in results.get("training", []):
+        print(f"{case['network']}: a step takes {case['ratio']['median']:.3f} × one without")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Functions timed in turn, A B A B …, so that a busy machine slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+
+def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, np.ndarray]:
+    """Return the seconds of every call, `(rounds,)` per function."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(-warm_up, rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(taken) for name, taken in seconds.items()}
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Return the median and the quartiles."""
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return {"quartile_1": float(low), "median": float(middle), "quartile_3": float(high)}
+
+
+def versus(mine: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Return the spread of the ratios, call by call."""
+    return spread(mine / other)

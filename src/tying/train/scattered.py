@@ -1,0 +1,101 @@
+"""Parameters on accelerators, or sharded over ranks: the norms of their groups travel, their weights don't."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tying.axes import broadcast, in_memory_order, scaled, squares, squares_anywhere
+from tying.train.rules import Place, Target
+from tying.train.shards import Message, is_sharded, local, piece_of
+from tying.train.shrink import Steps, Vector, check, factors, join
+
+
+class Scattered:
+    """Penalties on norms, of parameters anywhere: one copy of the norms from each accelerator, one sum over ranks."""
+
+    def __init__(self, targets: Sequence[Target], watched: Sequence[Place]) -> None:
+        self._targets = targets
+        self._sharded = [place for target in targets for place in target.places if is_sharded(place.parameter)]
+        # Of the watched only this rank's numbers are known here, but every rank must refuse what one refuses.
+        self._watched = [replace(place, axes=()) for place in watched if is_sharded(place.parameter)]
+        self._pieces = {p: piece_of(p.name, p.parameter, p.axes) for p in self._sharded + self._watched}
+        self._message = Message(list(self._pieces.values()))
+        self._known: dict[Place, tuple[object, Tensor | None]] = {}
+        self._solved: list[Target] = []
+        self._factors: Vector = np.empty(0)
+
+    def solve(self, steps: Steps) -> None:
+        """Find what every group is multiplied by."""
+        self._solved = [target for target in self._targets if steps[target.key] > 0]
+        sums = self._sums([place for target in self._solved for place in target.places])
+        check(self._watched, [sums[place] for place in self._watched])
+
+        def again(target: Target) -> list[Vector]:
+            plain = [place for place in target.places if not is_sharded(place.parameter)]
+            precise = _on_host([squares_anywhere(place.parameter, place.axes) for place in plain])
+            return [{**sums, **dict(zip(plain, precise, strict=True))}[place] for place in target.places]
+
+        if self._solved:
+            found = np.concatenate([join(target, [sums[place] for place in target.places]) for target in self._solved])
+            self._factors = factors(found, self._solved, steps, again)
+
+    def write_(self) -> dict[str, Tensor]:
+        """Multiply the weights; return which groups are zero, by the key of their target."""
+        counts = [target.count for target in self._solved]
+        parts = torch.from_numpy(self._factors).split(counts) if counts else ()
+        self.multiply_(self._solved, parts)
+        return {target.key: part == 0 for target, part in zip(self._solved, parts, strict=True)}
+
+    def multiply_(self, targets: Sequence[Target], parts: Sequence[Tensor]) -> None:
+        """Multiply every group of the targets by its factor, `(G,)` float64 each."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for target, own in zip(targets, parts, strict=True):
+            for place in target.places:
+                mine = own if place.labels is None else torch.cat([own, own.new_ones(1)])[place.labels]
+                if place in self._pieces:
+                    mine = mine[self._pieces[place].positions]
+                parameter = local(place.parameter)
+                mine = mine.to(parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+                view = self._view(place)
+                pairs.append(broadcast(parameter, place.axes, mine) if view is None else scaled(view, mine))
+        if pairs:
+            views, matching = zip(*pairs, strict=True)
+            torch._foreach_mul_(views, matching)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+    def _sums(self, places: Sequence[Place]) -> dict[Place, Vector]:
+        """Return Σ w² at every position of the axes of each place, over all ranks that have shards of it."""
+        known = [*places, *self._watched]
+        sums = dict(zip(known, _on_host([self._squares(place) for place in known]), strict=True))
+        return sums | dict(zip(self._pieces, self._message([sums.get(place) for place in self._pieces]), strict=True))
+
+    def _squares(self, place: Place) -> Tensor:
+        """Return Σ w² at every position of the place's axes that is here, `(n,)` float64."""
+        view = None if is_sharded(place.parameter) else self._view(place)
+        return squares_anywhere(local(place.parameter), place.axes) if view is None else squares(view)
+
+    def _view(self, place: Place) -> Tensor | None:
+        """Return a view of a parameter in the order of its memory, made anew where it has got other memory."""
+        parameter = local(place.parameter)
+        memory = (parameter.data_ptr(), parameter.stride(), parameter.dtype)
+        known, view = self._known.get(place, (None, None))
+        if known != memory:
+            view = in_memory_order(parameter, place.axes)
+            self._known[place] = memory, view
+        return view
+
+
+def _on_host(vectors: list[Tensor]) -> list[Vector]:
+    """Return vectors as NumPy's: one copy from each accelerator."""
+    found: dict[int, Vector] = {}
+    for device in {vector.device for vector in vectors}:
+        mine = [index for index, vector in enumerate(vectors) if vector.device == device]
+        parts = [vectors[index] for index in mine]
+        if device.type != "cpu":
+            parts = torch.cat(parts).cpu().split([len(part) for part in parts])
+        found |= {index: part.numpy() for index, part in zip(mine, parts, strict=True)}
+    return [found[index] for index in range(len(vectors))]
