@@ -16,8 +16,9 @@ from tying.errors import PenaltyError
 from tying.groups import Groups, group_norms
 from tying.penalties.certificate import Certificate
 from tying.penalties.norms import OWL, GroupLasso, GrOWL, Lasso, Penalty, Ridge
-from tying.penalties.prox import owl_dual_norm, owl_norm, prox_growl, prox_owl, sorted_l1_prox
+from tying.penalties.prox import owl_dual_norm, owl_norm, prox_growl, prox_owl
 from tying.penalties.sequences import Constant, Oscar, Pld, Ramp, Spike
+from tying.penalties.sorted_l1 import shrink_sorted
 
 CASES = 10_000
 TOLERANCE = {
@@ -164,11 +165,11 @@ def not_clipped(r, t):
 
 
 def in_single_precision(r, t):
-    return sorted_l1_prox(r.astype(np.float32).astype(np.float64), t.astype(np.float32).astype(np.float64))
+    return shrink_sorted(r.astype(np.float32).astype(np.float64), t.astype(np.float32).astype(np.float64))
 
 
 def ties_by_position(r, t):
-    return sorted_l1_prox(r, t) * (1 + 4e-16 * (np.arange(len(r)) % 2))
+    return shrink_sorted(r, t) * (1 + 4e-16 * (np.arange(len(r)) % 2))
 
 
 KERNELS = [no_pooling, wrong_sort, unsorted_weights, undone_wrongly, running_maximum, not_clipped, in_single_precision]
@@ -189,7 +190,7 @@ def test_law_refuses_ties_broken_by_rounding(name):
 
 def test_law_accepts_the_same_twin_around_the_right_kernel():
     for name in ("owl", "growl"):
-        law_of_prox(name, torch.float64, sorted_twin(sorted_l1_prox, on_groups=name == "growl"), 1000)
+        law_of_prox(name, torch.float64, sorted_twin(shrink_sorted, on_groups=name == "growl"), 1000)
 
 
 BROKEN = {
@@ -373,10 +374,11 @@ def test_the_dual_norm_bounds_the_pairing_and_is_reached():
 def test_zero_is_the_prox_exactly_when_the_dual_norm_is_at_most_one():
     seen = {True: 0, False: 0}
     for matrix, _, sequence, _ in cases(torch.float64)[:2000]:
-        dual = float(owl_dual_norm(matrix, sequence))
+        vector = matrix.reshape(-1)
+        dual = float(owl_dual_norm(vector, sequence))
         if abs(dual - 1) < 1e-12:
             continue
-        zero = not prox_owl(matrix, sequence).any()
+        zero = not prox_owl(vector, sequence).any()
         assert zero == (dual <= 1)
         seen[zero] += 1
     assert min(seen.values()) > 100

@@ -14,17 +14,9 @@ import torch
 from torch import Tensor
 
 from tying.penalties.certificate import Certificate, certify_ridge, certify_sorted
-from tying.penalties.prox import (
-    Vector,
-    finite_norms,
-    from_vector,
-    owl_norm,
-    prox_growl,
-    prox_owl,
-    rescale_groups,
-    to_vector,
-)
+from tying.penalties.prox import owl_norm, prox_growl, prox_owl
 from tying.penalties.sequences import Ramp, SequenceLike, as_sequence, check_not_negative, weights
+from tying.penalties.tensors import Vector, finite_norms, from_vector, rescale_groups, to_vector
 
 P = TypeVar("P", bound="_Strength")
 
@@ -199,7 +191,7 @@ class OWL(_Sorted):
 
     def value(self, matrix: Tensor) -> Tensor:
         """Return Ω, a float64 scalar."""
-        return owl_norm(matrix, self._weights(matrix.numel()))
+        return owl_norm(matrix.detach().reshape(-1), self._weights(matrix.numel()))
 
     def prox(self, matrix: Tensor, step: float) -> Tensor:
         """Return `prox_owl` of all numbers, same shape and dtype.
@@ -207,7 +199,8 @@ class OWL(_Sorted):
         Raises:
             PenaltyError: If the matrix is not finite, or explicit weights are not as many as its numbers.
         """
-        return prox_owl(matrix, self._weights(matrix.numel(), step))
+        flat = matrix.detach().reshape(-1)  # all numbers are sorted together
+        return prox_owl(flat, self._weights(len(flat), step)).reshape(matrix.shape)
 
     def certify(self, matrix: Tensor, prox_of_matrix: Tensor, step: float) -> Certificate:
         """Return by how much `prox_of_matrix` misses optimality: see `certify_sorted`, every number a group."""
@@ -242,7 +235,7 @@ class GrOWL(_Sorted):
         Raises:
             PenaltyError: If the matrix is not finite, or explicit weights are not as many as its groups.
         """
-        return prox_growl(matrix, self.thresholds(len(matrix), step))
+        return prox_growl(matrix.detach(), self.thresholds(len(matrix), step))
 
     def thresholds(self, count: int, step: float) -> Vector:
         """Return step · strength · λ: see `OnNorms`."""

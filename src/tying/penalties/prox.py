@@ -1,4 +1,4 @@
-"""The sorted-L1 (OWL, SLOPE) norm, its dual norm and its prox, on vectors and on groups.
+"""The sorted-L1 (OWL, SLOPE) norm, its dual norm and its prox, on vectors and on groups: for solvers of one's own.
 
 Ω(x) = Σ_i λ_i |x|_[i], with |x|_[1] ≥ |x|_[2] ≥ … and λ_1 ≥ … ≥ λ_n ≥ 0. Everything is computed in float64 on the CPU.
 Sources: Bogdan et al., arXiv 1407.3824; Zeng & Figueiredo, arXiv 1409.4271; on groups: Oswal et al., ICML 2016.
@@ -6,54 +6,71 @@ Sources: Bogdan et al., arXiv 1407.3824; Zeng & Figueiredo, arXiv 1409.4271; on 
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tying.errors import PenaltyError
-from tying.groups import group_norms
-from tying.penalties.sequences import SequenceLike, check_not_negative, weights
+from tying.penalties import derivative
+from tying.penalties.sequences import SequenceLike, check_not_negative
+from tying.penalties.sequences import weights as weights_of
+from tying.penalties.sorted_l1 import Vector, shrink_sorted
+from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
 
-Vector = NDArray[np.float64]
 
-
-def prox_owl(v: Tensor, sequence: SequenceLike, step: float = 1.0) -> Tensor:
-    """Return argmin_x ½‖x − v‖² + step · Σ_i λ_i |x|_[i].
+def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
+    """Return argmin_x ½‖x − v‖² + step · Σ_i λ_i |x|_[i], of one vector or of each of a batch.
 
     Entries of equal magnitude come out with equal magnitude, bit for bit, and so do entries pooled together.
 
+    Differentiable with respect to `v`, by `backward`, twice, and under `torch.func`: around v the prox averages, with
+    signs, within the blocks that are pooled, and is constant where the result is zero; at a kink the derivative is one
+    of the limits from nearby. Not differentiable with respect to weights and step, which are numbers.
+
     Args:
-        v: Any shape, any real floating dtype; not differentiated through.
-        sequence: The λ: a sequence, or as many numbers as `v` has, largest first.
+        v: `(n,)`, or `(…, n)`: a batch of vectors, each with its own prox. Any real floating dtype.
+        weights: The λ: a sequence, or n numbers, largest first.
         step: ≥ 0.
 
     Returns:
         A new tensor: shape, dtype and device of `v`, rounded once from float64.
 
     Raises:
-        PenaltyError: If `v` is not finite, or the weights or the step are not as described.
+        PenaltyError: If `v` is not finite or has no dimension, or the weights or the step are not as described.
 
     Example:
         >>> prox_owl(torch.tensor([-4.0, 1.0, 3.5]), [2.0, 1.0, 0.0])
         tensor([-2.2500,  1.0000,  2.2500])
+        >>> v = torch.tensor([-4.0, 1.0, 3.5], requires_grad=True)
+        >>> prox_owl(v, [2.0, 1.0, 0.0])[2].backward()
+        >>> v.grad
+        tensor([-0.5000,  0.0000,  0.5000])
     """
-    values = to_vector(v)
-    shrunk = sorted_l1_prox(values, check_not_negative("step", step) * weights(sequence, len(values)))
-    return from_vector(shrunk, v)
+    _check_dimensions(v)
+    thresholds = _thresholds(weights, v.shape[-1], step)
+    if (v.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
+        return derivative.prox(v, thresholds)
+    try:
+        values = (v.detach() if v.requires_grad else v).numpy()
+    except (RuntimeError, TypeError):  # on another device, half precision, inside torch.func
+        return derivative.prox(v, thresholds)
+    if values.dtype.kind != "f" or values.itemsize < 4 or not values.flags.c_contiguous:
+        return derivative.solve(v, thresholds)
+    return torch.from_numpy(derivative.solve_array(values, thresholds))
 
 
-def prox_growl(matrix: Tensor, sequence: SequenceLike, step: float = 1.0) -> Tensor:
+def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
     """Return argmin_X ½‖X − V‖² + step · Σ_i λ_i ‖X‖_[i], the norms of the groups sorted, largest first.
 
     The norms r of the groups become q = prox_owl(r), and group g becomes V_g · q_g / r_g (0 where r_g = 0). Equal
     groups come out equal bit for bit; the norms of groups pooled together are equal to the rounding of the dtype.
 
+    Differentiable with respect to `matrix`, as `prox_owl` is with respect to `v`.
+
     Args:
-        matrix: V, `(G, D)`, any real floating dtype; not differentiated through.
-        sequence: The λ: a sequence, or G numbers, largest first.
+        matrix: V, `(G, D)`, any real floating dtype.
+        weights: The λ: a sequence, or G numbers, largest first.
         step: ≥ 0.
 
     Returns:
@@ -67,115 +84,101 @@ def prox_growl(matrix: Tensor, sequence: SequenceLike, step: float = 1.0) -> Ten
         tensor([[2.1000, 2.8000],
                 [0.0000, 3.5000]])
     """
-    norms = finite_norms(matrix)
-    shrunk = sorted_l1_prox(norms, check_not_negative("step", step) * weights(sequence, len(norms)))
-    return rescale_groups(matrix, norms, shrunk)
+    check_matrix(matrix)
+    thresholds = _thresholds(weights, len(matrix), step)
+    if (matrix.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
+        return _differentiable_growl(matrix, thresholds)
+    try:
+        norms = finite_norms(matrix)
+    except RuntimeError:  # inside torch.func
+        return _differentiable_growl(matrix, thresholds)
+    return rescale_groups(matrix, norms, shrink_sorted(norms, thresholds))
 
 
-def owl_norm(x: Tensor, sequence: SequenceLike) -> Tensor:
-    """Return Σ_i λ_i |x|_[i], a float64 scalar on the CPU.
+def _differentiable_growl(matrix: Tensor, thresholds: Vector) -> Tensor:
+    norms = derivative.norms(matrix)
+    zero = norms == 0
+    factors = derivative.prox(norms, thresholds) / torch.where(zero, 1.0, norms)
+    # Zero groups that no threshold is left for would stay what they become: around them the prox is the identity.
+    spared = zero & (zero.sum() <= int(np.count_nonzero(thresholds == 0)))
+    precise = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    factors = torch.where(spared, 1.0, factors).to(precise)
+    return (matrix * factors[:, None]).to(matrix.dtype) + 0.0
+
+
+def owl_norm(x: Tensor, weights: SequenceLike) -> Tensor:
+    """Return Σ_i λ_i |x|_[i]: of a vector `(n,)` a float64 scalar on the CPU, of a batch `(…, n)` one for each, `(…)`.
+
+    Differentiable with respect to `x`: where magnitudes are equal, or zero, the derivative is a subgradient.
+
+    Raises:
+        PenaltyError: If `x` is not finite or has no dimension, or the weights are not as `prox_owl` wants them.
 
     Example:
         >>> owl_norm(torch.tensor([1.0, -3.0]), [2.0, 1.0])
         tensor(7., dtype=torch.float64)
     """
-    magnitudes = np.sort(np.abs(to_vector(x)))[::-1]
-    return torch.tensor(float(magnitudes @ weights(sequence, len(magnitudes))), dtype=torch.float64)
+    ordered = _descending(x)
+    return (ordered * torch.tensor(weights_of(weights, x.shape[-1]).tolist(), dtype=torch.float64)).sum(dim=-1)
 
 
-def owl_dual_norm(u: Tensor, sequence: SequenceLike) -> Tensor:
-    """Return max_k Σ_{i≤k} |u|_[i] ÷ Σ_{i≤k} λ_i, a float64 scalar on the CPU; infinite where the penalty is 0.
+def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
+    """Return max_k Σ_{i≤k} |u|_[i] ÷ Σ_{i≤k} λ_i: shapes and derivative as of `owl_norm`; infinite where there is no λ.
 
-    `prox_owl(u)` is zero if and only if this is ≤ 1.
+    `prox_owl(u, weights, step)` is zero if and only if this is ≤ step. So it is λ_max, the smallest strength at which
+    all coefficients are zero: for a loss with gradient g at 0, `owl_dual_norm(g, weights)`; with groups (GrOWL) that of
+    the norms of the gradient's groups.
+
+    Raises:
+        PenaltyError: As `owl_norm`.
 
     Example:
         >>> owl_dual_norm(torch.tensor([1.0, -3.0]), [2.0, 1.0])
         tensor(1.5000, dtype=torch.float64)
+
+        The smallest strength at which ½‖Ax − y‖² + strength · Ω(x) is least at x = 0:
+
+        >>> A, y = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([1.0, 3.0])
+        >>> critical = float(owl_dual_norm(A.T @ (A @ torch.zeros(2) - y), [2.0, 1.0]))
+        >>> prox_owl(A.T @ y, [2.0, 1.0], step=1.0001 * critical)
+        tensor([0., 0.])
+        >>> prox_owl(A.T @ y, [2.0, 1.0], step=0.9999 * critical) > 0
+        tensor([True, True])
     """
-    magnitudes = np.sort(np.abs(to_vector(u)))[::-1]
-    loads, limits = np.cumsum(magnitudes), np.cumsum(weights(sequence, len(magnitudes)))
-    ratios = np.divide(loads, limits, out=np.where(loads > 0, np.inf, 0.0), where=limits > 0)
-    return torch.tensor(float(ratios.max(initial=0.0)), dtype=torch.float64)
+    loads = _descending(u).cumsum(dim=-1)
+    if not u.shape[-1]:
+        return loads.sum(dim=-1)
+    limits = torch.from_numpy(np.cumsum(weights_of(weights, u.shape[-1])))
+    # The λ are largest first: they are all 0, or none of their sums is.
+    return torch.where(limits > 0, loads / limits, torch.where(loads > 0, torch.inf, 0.0)).amax(dim=-1)
 
 
-def sorted_l1_prox(values: Vector, thresholds: Vector) -> Vector:
-    """Return the prox at `(n,)` finite values for `(n,)` checked weights, step included: the kernel.
-
-    Sorted magnitudes less the weights, made non-increasing by averaging neighbours, clipped at zero. Magnitudes that
-    are equal enter the regression as one point with a multiplicity, so that rounding can't tell them apart.
-    """
-    from scipy.optimize import isotonic_regression
-
-    if not len(values):
-        return values.copy()
-    magnitudes = np.abs(values)
-    order = np.argsort(magnitudes)[::-1]
-    ordered = magnitudes[order]
-    edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
-    starts, times = edges[:-1], edges[1:] - edges[:-1]
-    lowered = ordered[starts] - np.add.reduceat(thresholds, starts) / times
-    fitted = cast(Vector, isotonic_regression(lowered, weights=times, increasing=False).x)
-    result = np.empty_like(magnitudes)
-    result[order] = np.repeat(np.maximum(fitted, 0.0), times)
-    return np.copysign(result, values)
-
-
-def rescale_groups(matrix: Tensor, norms: Vector, wanted: Vector) -> Tensor:
-    """Return the matrix with every group's norm changed from `norms` to `wanted`, both `(G,)`; 0 ÷ 0 is 0."""
-    factors = np.divide(wanted, norms, out=np.zeros_like(norms), where=norms > 0)
-    precise = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    factor = torch.from_numpy(factors).to(matrix.device, precise)
-    return one_zero((matrix.detach() * factor[:, None]).to(matrix.dtype))
-
-
-def one_zero(fresh: Tensor) -> Tensor:
-    """Make every −0.0 of a tensor of one's own 0.0, in place, so that equal numbers are equal bit for bit."""
-    return fresh.add_(0.0)
-
-
-def to_vector(tensor: Tensor) -> Vector:
-    """Return a tensor's entries as `(n,)` float64.
+def _descending(x: Tensor) -> Tensor:
+    """Return the magnitudes of every vector of `(…, n)`, float64 on the CPU, largest first; differentiable.
 
     Raises:
         PenaltyError: If they are not real floating numbers, or not finite.
     """
-    _check_floating(tensor)
-    values = tensor.detach().reshape(-1).to("cpu", torch.float64).numpy()
-    check_finite(values, "entry")
-    return values
+    _check_dimensions(x)
+    check_floating(x)
+    magnitudes = x.to("cpu", torch.float64).abs()
+    if not magnitudes.isfinite().all():
+        check_finite(magnitudes.detach().reshape(-1).numpy(), "entry")
+    return magnitudes.sort(dim=-1, descending=True).values
 
 
-def from_vector(values: Vector, like: Tensor) -> Tensor:
-    """Return `(n,)` new values as a tensor of the shape, dtype and device of another one."""
-    return one_zero(torch.from_numpy(values).reshape(like.shape).to(like.device, like.dtype))
+def _check_dimensions(v: Tensor) -> None:
+    if not v.dim():
+        raise PenaltyError("v: expected a vector or a batch of vectors, got a single number; use v.reshape(1)")
 
 
-def finite_norms(matrix: Tensor) -> Vector:
-    """Return the norms of the groups of a `(G, D)` matrix as `(G,)` float64.
-
-    Raises:
-        PenaltyError: If it is not a matrix of real floating numbers, or not finite.
-    """
-    _check_floating(matrix)
-    if matrix.dim() != 2:
-        raise PenaltyError(f"matrix: expected shape (G, D), got {tuple(matrix.shape)}; read it through Groups")
-    norms = group_norms(matrix).cpu().numpy()
-    check_finite(norms, "group")
-    return norms
+def _thresholds(weights: SequenceLike, count: int, step: float) -> Vector:
+    numbers = weights_of(weights, count)
+    if type(step) is float and step == 1.0:
+        return numbers
+    return check_not_negative("step", step) * numbers
 
 
-def _check_floating(tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point:
-        raise PenaltyError(
-            f"matrix: expected real floating-point weights, got {tensor.dtype}; leave this parameter without a penalty"
-        )
-
-
-def check_finite(values: Vector, what: str) -> None:
-    """Raise `PenaltyError` if one of `(n,)` numbers is not finite; `what` says what each stands for."""
-    if not np.isfinite(values).all():
-        where = np.flatnonzero(~np.isfinite(values))
-        raise PenaltyError(
-            f"matrix: expected finite weights, got NaN or infinity in {len(where)} of {len(values)}, first at {what} "
-            f"{where[0]}; training has diverged: lower the learning rate, or start again from a checkpoint"
-        )
+def _in_forward_mode() -> bool:
+    """Whether numbers may carry a derivative along that `requires_grad` doesn't tell of."""
+    return getattr(forward_ad, "_current_level", -1) >= 0

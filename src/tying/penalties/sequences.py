@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
@@ -170,6 +171,7 @@ class Explicit:
     def __post_init__(self) -> None:
         checked = check_weights(self.values)
         object.__setattr__(self, "values", tuple(checked.tolist()))
+        object.__setattr__(self, "_array", _locked(checked.copy()))
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights.
@@ -177,7 +179,12 @@ class Explicit:
         Raises:
             PenaltyError: If n is not the number of weights given.
         """
-        return check_weights(self.values, n)
+        return self.locked(n).copy()
+
+    def locked(self, n: int) -> Weights:
+        """Return the `(n,)` float64 weights, not a copy: read-only."""
+        array: Weights = vars(self)["_array"]
+        return array if len(array) == n else check_weights(array, n)
 
 
 def as_sequence(sequence: SequenceLike) -> Callable[[int], Weights]:
@@ -188,14 +195,34 @@ def as_sequence(sequence: SequenceLike) -> Callable[[int], Weights]:
 
 
 def weights(sequence: SequenceLike, n: int) -> Weights:
-    """Return the n weights of a sequence, or of an array of n weights, `(n,)` float64, checked.
+    """Return the n weights of a sequence, or of an array of n weights, `(n,)` float64, checked; not to be written to.
+
+    The weights of the sequences of this module are kept, up to 32,768 of them: they are asked for at every step.
 
     Raises:
         PenaltyError: If they are not n finite, non-negative, non-increasing numbers.
     """
+    if isinstance(sequence, _LASTING):
+        return _kept(sequence, n) if n <= _KEPT else check_weights(sequence(n), n)
+    if isinstance(sequence, Explicit):
+        return sequence.locked(n)
     if callable(sequence):
         return check_weights(sequence(n), n)
     return check_weights(sequence, n)
+
+
+_LASTING = (Constant, Oscar, Ramp, Pld, Spike)
+_KEPT = 1 << 15
+
+
+@lru_cache(maxsize=32)
+def _kept(sequence: Callable[[int], Weights], n: int) -> Weights:
+    return _locked(check_weights(sequence(n), n))
+
+
+def _locked(values: Weights) -> Weights:
+    values.setflags(write=False)
+    return values
 
 
 def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
@@ -208,9 +235,13 @@ def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
         values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor that requires a gradient
         raise PenaltyError(f"sequence: expected numbers, got {given!r}; pass a flat list of weights") from error
-    right_shape = values.ndim == 1 and n in (None, len(values))
     # A NaN fails every comparison, so the ends and the order are enough.
-    if right_shape and (values[1:] <= values[:-1]).all() and (not len(values) or np.inf > values[0] >= values[-1] >= 0):
+    if (
+        values.ndim == 1
+        and n in (None, len(values))
+        and (not len(values) or np.inf > values[0] >= values[-1] >= 0)
+        and np.count_nonzero(values[1:] <= values[:-1]) == max(len(values) - 1, 0)  # faster than .all()
+    ):
         return values
     raise PenaltyError(f"sequence: {_what_is_wrong(values, n)}")
 

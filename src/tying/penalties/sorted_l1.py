@@ -58,33 +58,74 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
     return result
 
 
-def shrink_vector(values: Floats, thresholds: Vector) -> Floats:
-    """Return the prox of the sorted-L1 norm at numbers of either sign: one segment.
+def shrink_vectors(values: Floats, thresholds: Vector) -> Floats:
+    """Return the prox of the sorted-L1 norm at vectors of numbers of either sign, each on its own.
 
-    Equal magnitudes come out equal bit for bit, and no −0.0 comes out.
+    Equal magnitudes of a vector come out equal bit for bit, and no −0.0 comes out.
 
     Args:
-        values: `(n,)`, float32 or float64, C-contiguous, in any order.
+        values: `(…, n)`, float32 or float64, C-contiguous, in any order.
         thresholds: `(n,)` float64: finite, ≥ 0, non-increasing.
 
     Returns:
-        `(n,)`, rounded once from float64 to the dtype of the values.
+        `(…, n)`, rounded once from float64 to the dtype of the values.
 
     Raises:
         FloatingPointError: If a value is NaN or infinite.
 
     Example:
-        >>> shrink_vector(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
+        >>> shrink_vectors(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
         array([-2.25,  1.  ,  2.25])
     """
-    order, ordered = ascending(values)
-    if len(ordered) and not ordered[-1] < np.inf:
-        raise FloatingPointError
     result = np.empty_like(values)
-    result[order] = _fitted(ordered, thresholds)
+    size = len(thresholds)
+    if values.ndim == 1:
+        _shrink(values, thresholds, result)
+    elif size >= _ALONE:
+        for row, shrunk in zip(values.reshape(-1, size), result.reshape(-1, size), strict=True):
+            _shrink(row, thresholds, shrunk)
+    elif values.size:
+        rows, shrunk = values.reshape(-1, size), result.reshape(-1, size)
+        for first in range(0, len(rows), _TOGETHER):
+            some = np.abs(rows[first : first + _TOGETHER], dtype=np.float64)
+            if not some.max() < np.inf:
+                raise FloatingPointError
+            fit = shrink_sorted(some.reshape(-1), np.tile(thresholds, len(some)), [size] * len(some))
+            shrunk[first : first + _TOGETHER] = fit.reshape(some.shape)
     np.copysign(result, values, out=result)
     result += 0.0  # −0.0 is 0.0 then
     return result
+
+
+def pooled(values: NDArray[Any], thresholds: Vector) -> tuple[Indices, Vector]:
+    """Return the blocks within which the prox averages around a vector: its derivative, see `penalties/derivative.py`.
+
+    Args:
+        values: `(n,)`, float32 or float64, C-contiguous, finite.
+        thresholds: `(n,)` float64: finite, ≥ 0, non-increasing.
+
+    Returns:
+        The number of every entry's block, `(n,)`, and the sign of every entry, `(n,)`: 0 where the prox is constant.
+
+    Example:
+        >>> pooled(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
+        (array([1, 0, 1]), array([-1.,  1.,  1.]))
+    """
+    order, ordered = ascending(values)
+    limits = thresholds[::-1]
+    fit = fit_difference(ordered, limits)
+    lowered = np.subtract(ordered, limits, dtype=np.float64)
+    joined = fit[1:] == fit[:-1]
+    if joined.any():
+        # Numbers that are equal before anything is averaged, of a lasso say, are not held together by the prox.
+        starts = np.flatnonzero(np.concatenate([[True], ~joined]))
+        level = np.maximum.reduceat(lowered, starts) == np.minimum.reduceat(lowered, starts)
+        joined &= ~np.repeat(level, np.diff(starts, append=len(fit)))[1:]
+    alive = (fit > 0) | ((ordered == 0) & (limits == 0))
+    labels, signs = np.empty(len(fit), dtype=np.intp), np.empty(len(fit))
+    labels[order] = np.cumsum(np.concatenate([[False], ~joined]))[: len(fit)]
+    signs[order] = alive
+    return labels, np.copysign(signs, values) * (signs != 0)
 
 
 def _sets(sizes: Indices) -> Iterator[slice]:
@@ -126,6 +167,21 @@ def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices, result: Vecto
     equal = ordered[1:] == ordered[:-1]
     equal[lasts[:-1]] = False
     result[order] = _equalised(fit, equal)
+
+
+def _shrink(values: NDArray[Any], thresholds: Vector, result: NDArray[Any]) -> None:
+    if not len(values):
+        return
+    if thresholds[0] == thresholds[-1]:
+        magnitudes = np.abs(values)
+        if not magnitudes.max() < np.inf:
+            raise FloatingPointError
+        result[:] = np.maximum(np.subtract(magnitudes, thresholds, dtype=np.float64), 0.0)
+        return
+    order, ordered = ascending(values)
+    if not ordered[-1] < np.inf:  # NaN would be last, too
+        raise FloatingPointError
+    result[order] = _fitted(ordered, thresholds)
 
 
 def _fitted(ordered: NDArray[Any], thresholds: Vector) -> Vector:

@@ -1,0 +1,159 @@
+"""The derivatives of the proxes: what `torch.autograd` and `torch.func` ask for, in both directions and any order.
+
+The prox of the sorted-L1 norm is piecewise linear. Around a vector at which it is differentiable it averages, with
+signs, within the blocks that are pooled, and is constant where the result is zero: a symmetric matrix J. So one product
+serves the backward and the forward mode, and the second derivative with respect to the vector is zero. At a kink (two
+blocks about to be pooled, a block about to vanish) it is one of the limits of J from nearby. J is found anew from the
+vector when a derivative is asked for, so nothing is kept and the prox alone costs nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import Function
+
+from tying.groups import group_norms
+from tying.penalties.sorted_l1 import Vector, pooled, shrink_vectors
+from tying.penalties.tensors import check_finite, one_zero, to_array
+
+Dims = tuple[int | None, ...]
+
+
+def prox(v: Tensor, thresholds: Vector) -> Tensor:
+    """Return the prox of every vector of `(…, n)`, differentiable with respect to v."""
+    return cast(Tensor, _Prox.apply(v, thresholds))
+
+
+def norms(matrix: Tensor) -> Tensor:
+    """Return `group_norms` of every matrix of `(…, G, D)`, differentiable; the derivative at a zero group is zero."""
+    return cast(Tensor, _Norms.apply(matrix))
+
+
+class _Prox(Function):
+    @staticmethod
+    def forward(v: Tensor, thresholds: Vector) -> Tensor:
+        return solve(v, thresholds)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.thresholds = inputs[1]
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Product.apply(ctx.saved_tensors[0], grads[0], ctx.thresholds), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Product.apply(ctx.saved_tensors[0], tangents[0], ctx.thresholds)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
+        return _Prox.apply(_batched(args[0], in_dims[0], info.batch_size), args[1]), 0
+
+
+class _Product(Function):
+    """J · u, J being that of the prox at v."""
+
+    @staticmethod
+    def forward(v: Tensor, u: Tensor, thresholds: Vector) -> Tensor:
+        vectors, factors = to_array(v), to_array(u).astype(np.float64)
+        size = len(thresholds)
+        pairs = zip(vectors.reshape(-1, size), factors.reshape(-1, size), strict=True)
+        products = np.empty_like(factors)
+        for product, (vector, factor) in zip(products.reshape(-1, size), pairs, strict=True):
+            product[:] = _product(vector, factor, thresholds)
+        return torch.from_numpy(products).to(u.device, u.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.thresholds = inputs[2]
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, _Product.apply(ctx.saved_tensors[0], grads[0], ctx.thresholds), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Product.apply(ctx.saved_tensors[0], tangents[1], ctx.thresholds)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
+        batched = [_batched(args[i], in_dims[i], info.batch_size) for i in (0, 1)]
+        return _Product.apply(*batched, args[2]), 0
+
+
+class _Norms(Function):
+    @staticmethod
+    def forward(matrix: Tensor) -> Tensor:
+        flat = matrix.detach().reshape(matrix.shape[:-1].numel(), matrix.shape[-1])
+        found = group_norms(flat)
+        check_finite(found.cpu().numpy(), "group")
+        return found.reshape(matrix.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        matrix = ctx.saved_tensors[0]
+        return (_directions(matrix) * grads[0][..., None]).to(matrix.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return (_directions(ctx.saved_tensors[0]) * tangents[0]).sum(dim=-1)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
+        return _Norms.apply(_batched(args[0], in_dims[0], info.batch_size)), 0
+
+
+def solve(v: Tensor, thresholds: Vector) -> Tensor:
+    """Return the prox of every vector of `(…, n)`, a new tensor of the same dtype and device, not differentiable.
+
+    Raises:
+        PenaltyError: If v is not real floating numbers, or not finite.
+    """
+    values = to_array(v)
+    return one_zero(torch.from_numpy(solve_array(values, thresholds)).to(v.device, v.dtype))
+
+
+def solve_array(values: NDArray[Any], thresholds: Vector) -> NDArray[Any]:
+    """Return the prox of every vector of `(…, n)`, float32 or float64, C-contiguous.
+
+    Raises:
+        PenaltyError: If one is not finite.
+    """
+    try:
+        return shrink_vectors(values, thresholds)
+    except FloatingPointError:
+        check_finite(values.reshape(-1), "entry")
+        raise
+
+
+def _product(vector: NDArray[Any], factor: Vector, thresholds: Vector) -> Vector:
+    labels, signs = pooled(vector, thresholds)
+    signed = signs * factor
+    means = np.bincount(labels, signed) / np.bincount(labels)
+    return signs * means[labels] if len(labels) else signed
+
+
+def _directions(matrix: Tensor) -> Tensor:
+    """Return every group ÷ its norm, float64, 0 where that is 0; differentiable."""
+    lengths = norms(matrix)[..., None]
+    return matrix.double() / torch.where(lengths > 0, lengths, 1.0)
+
+
+def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return a tensor of a batch with the batch in front; one that is the same for all, expanded."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
