@@ -8,7 +8,7 @@ what lies after is a dot product. Both run at the speed of memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 
 import numpy as np
@@ -24,7 +24,7 @@ _ADDED = 8
 """So many squares are added up in float32; the sums of those in float64: norms are 1e-7 off at most."""
 _HELD = 1 << 16
 """Sums in float32 that are held at once."""
-_DOT = 256
+_DOT = 512
 """Length of a dot product in float32; BLAS keeps some 64 partial sums."""
 _CONVERTED = 1 << 16
 """Numbers converted to a wider dtype at once: they stay in cache."""
@@ -164,11 +164,19 @@ def _sum_before(matrix: NDArray[np.floating]) -> Squares:
 
 def _sum_after(matrix: NDArray[np.floating]) -> Squares:
     """Return the squares of an `(n, B)` matrix summed over B."""
-    if matrix.shape[1] == 1:
-        return np.square(matrix[:, 0], dtype=np.float64)
-    whole = matrix.shape[1] - matrix.shape[1] % _DOT
-    pieces, rest = matrix[:, :whole].reshape(len(matrix), -1, _DOT), matrix[:, whole:]
-    total = np.vecdot(rest, rest).astype(np.float64)
-    if whole:  # first widened, then added: a sum that widens goes through a buffer, and cuts there
-        total += np.vecdot(pieces, pieces).astype(np.float64).sum(axis=1)
-    return total
+    length = _dot_length(matrix.shape[1])
+    if length == matrix.shape[1]:
+        return np.vecdot(matrix, matrix).astype(np.float64)
+    whole = matrix.shape[1] - matrix.shape[1] % length
+    pieces, rest = matrix[:, :whole].reshape(len(matrix), -1, length), matrix[:, whole:]
+    # First widened, then added: a sum that widens goes through a buffer, and cuts there.
+    total = np.vecdot(pieces, pieces).astype(np.float64).sum(axis=1)
+    return total + np.vecdot(rest, rest) if whole < matrix.shape[1] else total
+
+
+@lru_cache
+def _dot_length(size: int) -> int:
+    """Return into what pieces to cut so many numbers: equal ones if possible, for then memory is read in one go."""
+    if size <= _DOT:
+        return size
+    return next((size // parts for parts in range(-(-size // _DOT), size // 64) if size % parts == 0), _DOT)
