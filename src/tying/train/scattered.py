@@ -20,17 +20,19 @@ class Scattered:
 
     def __init__(self, targets: Sequence[Target], watched: Sequence[Place]) -> None:
         self._targets = targets
-        self._sharded = [place for target in targets for place in target.places if is_sharded(place.parameter)]
         # Of the watched only this rank's numbers are known here, but every rank must refuse what one refuses.
         self._watched = [replace(place, axes=()) for place in watched if is_sharded(place.parameter)]
-        self._pieces = {p: piece_of(p.name, p.parameter, p.axes) for p in self._sharded + self._watched}
-        self._message = Message(list(self._pieces.values()))
-        self._known: dict[Place, tuple[object, Tensor | None]] = {}
+        self._weights = Weights([*(place for target in targets for place in target.places), *self._watched])
+        self._message = Message(list(self._weights.pieces.values()))
         self._solved: list[Target] = []
         self._factors: Vector = np.empty(0)
 
     def solve(self, steps: Steps) -> None:
-        """Find what every group is multiplied by."""
+        """Find what every group is multiplied by.
+
+        Raises:
+            PenaltyError: Names the parameter that has NaN or infinity in it: on every rank, if one of them has.
+        """
         self._solved = [target for target in self._targets if steps[target.key] > 0]
         sums = self._sums([place for target in self._solved for place in target.places])
         check(self._watched, [sums[place] for place in self._watched])
@@ -48,8 +50,28 @@ class Scattered:
         """Multiply the weights; return which groups are zero, by the key of their target."""
         counts = [target.count for target in self._solved]
         parts = torch.from_numpy(self._factors).split(counts) if counts else ()
-        self.multiply_(self._solved, parts)
+        self._weights.multiply_(self._solved, parts)
         return {target.key: part == 0 for target, part in zip(self._solved, parts, strict=True)}
+
+    def _sums(self, places: Sequence[Place]) -> dict[Place, Vector]:
+        """Return Σ w² at every position of the axes of each place, over all ranks that have shards of it."""
+        known = [*places, *self._watched]
+        sums = dict(zip(known, _on_host([self._weights.squares(place) for place in known]), strict=True))
+        sharded = self._weights.pieces
+        return sums | dict(zip(sharded, self._message([sums.get(place) for place in sharded]), strict=True))
+
+
+class Weights:
+    """The parameters at places, as far as this rank has them; they may get other memory at any time."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.pieces = {p: piece_of(p.name, p.parameter, p.axes) for p in places if is_sharded(p.parameter)}
+        self._known: dict[Place, tuple[object, Tensor | None]] = {}
+
+    def squares(self, place: Place) -> Tensor:
+        """Return Σ w² at every position of the place's axes that is here, `(n,)` float64."""
+        view = None if is_sharded(place.parameter) else self._view(place)
+        return squares_anywhere(local(place.parameter), place.axes) if view is None else squares(view)
 
     def multiply_(self, targets: Sequence[Target], parts: Sequence[Tensor]) -> None:
         """Multiply every group of the targets by its factor, `(G,)` float64 each."""
@@ -57,8 +79,8 @@ class Scattered:
         for target, own in zip(targets, parts, strict=True):
             for place in target.places:
                 mine = own if place.labels is None else torch.cat([own, own.new_ones(1)])[place.labels]
-                if place in self._pieces:
-                    mine = mine[self._pieces[place].positions]
+                if place in self.pieces:
+                    mine = mine[self.pieces[place].positions]
                 parameter = local(place.parameter)
                 mine = mine.to(parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
                 view = self._view(place)
@@ -66,17 +88,6 @@ class Scattered:
         if pairs:
             views, matching = zip(*pairs, strict=True)
             torch._foreach_mul_(views, matching)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-
-    def _sums(self, places: Sequence[Place]) -> dict[Place, Vector]:
-        """Return Σ w² at every position of the axes of each place, over all ranks that have shards of it."""
-        known = [*places, *self._watched]
-        sums = dict(zip(known, _on_host([self._squares(place) for place in known]), strict=True))
-        return sums | dict(zip(self._pieces, self._message([sums.get(place) for place in self._pieces]), strict=True))
-
-    def _squares(self, place: Place) -> Tensor:
-        """Return Σ w² at every position of the place's axes that is here, `(n,)` float64."""
-        view = None if is_sharded(place.parameter) else self._view(place)
-        return squares_anywhere(local(place.parameter), place.axes) if view is None else squares(view)
 
     def _view(self, place: Place) -> Tensor | None:
         """Return a view of a parameter in the order of its memory, made anew where it has got other memory."""

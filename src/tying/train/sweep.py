@@ -16,7 +16,7 @@ from tying.penalties.norms import OnNorms
 from tying.train.on_numbers import OnNumbers
 from tying.train.resident import Resident
 from tying.train.rules import Target
-from tying.train.scattered import Scattered
+from tying.train.scattered import Scattered, Weights
 from tying.train.shards import is_sharded
 from tying.train.shrink import Steps, Vector, factors
 
@@ -32,6 +32,7 @@ class Sweep:
 
     def __init__(self, targets: Sequence[Target], *, tell_zeros: bool) -> None:
         self._targets = targets
+        self._weights = Weights([place for target in targets for place in target.places])
         self._rounds = [_Round(some, tell_zeros) for some in _in_rounds(targets)]
 
     def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
@@ -51,7 +52,7 @@ class Sweep:
     def bury_(self, dead: Zeros) -> None:
         """Make groups zero."""
         buried = [target for target in self._targets if target.key in dead and dead[target.key].any()]
-        Scattered(buried, ()).multiply_(buried, [(~dead[target.key]).double() for target in buried])
+        self._weights.multiply_(buried, [(~dead[target.key]).double() for target in buried])
 
 
 class _Round:
@@ -61,7 +62,8 @@ class _Round:
         plain = [target for target in norms if _is_here(target) and not _is_sharded(target)]
         others = [target for target in norms if target not in plain]
         self._targets, self._tell_zeros = targets, tell_zeros
-        self._others = OnNumbers(numbers, tell_zeros), Scattered(others, [target.places[0] for target in numbers])
+        # Scattered first: once its message is sent, what is wrong on one rank is told on all of them.
+        self._others = Scattered(others, [target.places[0] for target in numbers]), OnNumbers(numbers, tell_zeros)
         self._plain = plain
         self._sets = [_Set(some) for some in _cached(plain)]
 
