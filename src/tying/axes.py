@@ -151,15 +151,18 @@ def _sum_both(matrix: NDArray[np.floating], after: int) -> Squares:
 
 def _sum_before(matrix: NDArray[np.floating]) -> Squares:
     """Return the squares of an `(A, m)` matrix summed over A."""
-    total = np.zeros(matrix.shape[1])
-    whole = len(matrix) - len(matrix) % _ADDED
     rows = _ADDED * max(1, _HELD // matrix.shape[1])
-    for start in range(0, whole, rows):
-        block = matrix[start : min(start + rows, whole)].reshape(-1, _ADDED, matrix.shape[1])
-        total += np.einsum("kij,kij->kj", block, block).sum(axis=0, dtype=np.float64)
-    if whole < len(matrix):
-        total += np.einsum("ij,ij->j", matrix[whole:], matrix[whole:])
+    total = _sum_block(matrix[:rows])
+    for start in range(rows, len(matrix), rows):
+        total += _sum_block(matrix[start : start + rows])
     return total
+
+
+def _sum_block(matrix: NDArray[np.floating]) -> Squares:
+    whole = len(matrix) - len(matrix) % _ADDED
+    block, rest = matrix[:whole].reshape(-1, _ADDED, matrix.shape[1]), matrix[whole:]
+    total = np.add.reduce(np.einsum("kij,kij->kj", block, block), axis=0, dtype=np.float64)
+    return total + np.einsum("ij,ij->j", rest, rest) if len(rest) else total
 
 
 def _sum_after(matrix: NDArray[np.floating]) -> Squares:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import product
 from typing import Any, TypeAlias, cast
 
@@ -62,7 +63,7 @@ class Target:
         """The name of the parameter, or of the first that is joined."""
         return self.places[0].name
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names and groups: `fc1.weight[inputs]`."""
         return str(self.groups) if isinstance(self.groups, Joined) else f"{self.name}[{self.groups}]"

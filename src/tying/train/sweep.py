@@ -21,7 +21,9 @@ from tying.train.shards import is_sharded
 from tying.train.shrink import Steps, Vector, factors
 
 Zeros = dict[str, Tensor]
-"""Which groups are zero after a prox, by the key of their target: `(G,)` bool."""
+"""Which groups are zero after a prox, by the key of their target: `(G,)` bool, or `_UNTOLD`."""
+
+_UNTOLD = torch.empty(0, dtype=torch.bool)
 
 _CACHED = 8 << 20
 """Bytes of weights that are read and then written while they are still in the processor's cache."""
@@ -64,12 +66,12 @@ class _Round:
         self._targets, self._tell_zeros = targets, tell_zeros
         # Scattered first: once its message is sent, what is wrong on one rank is told on all of them.
         self._others = Scattered(others, [target.places[0] for target in numbers]), OnNumbers(numbers, tell_zeros)
-        self._plain = plain
-        self._sets = [_Set(some) for some in _cached(plain)]
+        self._plain = [place.parameter for target in plain for place in target.places]
+        self._sets = [_Set(some, tell_zeros) for some in _cached(plain)]
 
     def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
         """Apply the proxes; yield what is zero in the targets whose step is taken."""
-        if not all(map(_is_here, self._plain)):  # the model was moved to an accelerator
+        if not all(parameter.is_cpu for parameter in self._plain):  # the model was moved to an accelerator
             self.__init__(self._targets, self._tell_zeros)
         for kind in self._others:
             kind.solve(steps)
@@ -82,8 +84,8 @@ class _Round:
 class _Set:
     """Plain parameters that stay in the cache between being read and being written."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._targets = targets
+    def __init__(self, targets: Sequence[Target], tell_zeros: bool) -> None:
+        self._targets, self._tell_zeros = targets, tell_zeros
         self._stepped: list[Target] = []
         self._resident = Resident(())
 
@@ -95,6 +97,8 @@ class _Set:
             self._stepped, self._resident = stepped, Resident(stepped)
         found = factors(self._resident.squares(), stepped, steps, _again)
         self._resident.multiply_(found)
+        if not self._tell_zeros:
+            return {target.key: _UNTOLD for target in stepped}
         zero = torch.from_numpy(found == 0).split([target.count for target in stepped])
         return {target.key: part for target, part in zip(stepped, zero, strict=True)}
 
@@ -104,7 +108,7 @@ def _again(target: Target) -> list[Vector]:
 
 
 def _is_here(target: Target) -> bool:
-    return all(place.parameter.device.type == "cpu" for place in target.places)
+    return all(place.parameter.is_cpu for place in target.places)
 
 
 def _is_sharded(target: Target) -> bool:
