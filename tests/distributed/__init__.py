@@ -1,0 +1,1 @@
+"""Laws over several processes: `tests/test_distributed.py` starts them."""

@@ -1,0 +1,110 @@
+"""Penalties on several machines: real processes, started once by `torchrun`, that hold the laws of `distributed/`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distributed.worker import checks
+from tying.penalties import GrOWL
+from tying.train.proximal import proximal
+
+TESTS = Path(__file__).parent
+NAMES = [(world, name) for world in (2, 4) for name in checks(world, TESTS)]
+LAWS = [case for case in NAMES if not case[1].startswith("broken")]
+BROKEN = [case for case in NAMES if case[1].startswith("broken")]
+
+_TIMEOUT = 240
+"""Seconds, on a machine that is busy; a message that never comes is given up after 30."""
+
+
+def _run(world: int, folder: Path) -> None:
+    """Start the processes; none outlives this call."""
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        "-m",
+        "distributed.worker",
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(_TIMEOUT)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if process.returncode:
+        pytest.fail((folder / "log").read_text()[-6000:])
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[str]]]:
+    """What every rank found of every law: found once, also if pytest itself runs in several processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    found: dict[int, dict[str, list[str]]] = {}
+    for world in (2, 4):
+        folder = base / f"distributed-{world}"
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "log").exists():
+                _run(world, folder)
+        found[world] = json.loads((folder / "verdicts.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("world", "name"), LAWS)
+def test_it_holds_on_every_rank(world: int, name: str, results: dict[int, dict[str, list[str]]]) -> None:
+    assert results[world][name] == ["held"] * world
+
+
+@pytest.mark.parametrize(("world", "name"), BROKEN)
+def test_what_is_wrong_fails_the_law(world: int, name: str, results: dict[int, dict[str, list[str]]]) -> None:
+    said = results[world][name]
+    assert any(verdict.startswith("failed") for verdict in said), said
+    assert all(verdict == "held" or verdict.startswith("failed") for verdict in said), said
+
+
+def test_a_model_may_be_compiled_while_its_optimizer_has_penalties() -> None:
+    """The compiled model reads the weights that the prox wrote, and is not compiled again for it."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+    x = torch.randn(8, 6)
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+        model.load_state_dict(plain.state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        handle = proximal(optimizer, model, {"0.weight": GrOWL(0.5)})
+        forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        for _ in range(6):
+            optimizer.zero_grad()
+            forward(x).square().mean().backward()
+            optimizer.step()
+        handle.remove()
+        ends.append(([p.detach() for p in model.parameters()], forward(x).detach()))
+    assert (ends[0][0][0] == 0).any()
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+    assert torch.equal(ends[0][1], ends[1][1])
