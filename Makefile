@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= tying-out
 
-.PHONY: run test check format lint types bench-mnist bench-compact bench-stage-one bench-max-drop clean
+.PHONY: run test check format lint types bench-mnist bench-compact bench-stage-one bench-max-drop bench-prox bench-selection clean
 
 run: .venv/.run ## Set up, then compress the embedded task: prints the table and where the page is
 	$(BIN)/tying compress --max-drop 0.003 --out $(OUT)
@@ -39,6 +39,12 @@ bench-compact: .venv/.dev
 
 bench-stage-one: .venv/.dev
 	$(BIN)/python -m benchmarks.stage_one_cost
+
+bench-prox: .venv/.dev ## A quarter of an hour on a quiet machine
+	$(BIN)/python -m benchmarks.prox
+
+bench-selection: .venv/.dev
+	$(BIN)/python -m benchmarks.selection
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

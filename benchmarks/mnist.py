@@ -31,6 +31,7 @@ import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.record import record
 from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
+from tying.measure import sharing
 
 INPUTS, UNITS = Groups.inputs(), Groups.outputs()
 WEIGHT = "fc1.weight"
@@ -315,7 +316,7 @@ def _papers_measures(chosen: list[dict[str, Any]], folder: Path) -> dict[str, An
     found = []
     for row in chosen:
         layer = tying.load(folder / row["path"], Network()).fc1
-        found.append(tying.sharing(layer.to_linear().weight, INPUTS, layer.labels.numpy(), original=784 * 300))
+        found.append(sharing(layer.to_linear().weight, INPUTS, layer.labels.numpy(), original=784 * 300))
     return {
         "sparsity": statistics.mean(f.sparsity for f in found),
         "sharing": statistics.mean(f.sharing for f in found),

@@ -1,6 +1,7 @@
 """Parameter tying and parameter sharing for PyTorch: smaller, faster and joint networks."""
 
-from tying.compress import CompressResult, Task, compress, load_task
+from tying.channels.joined import joined_groups
+from tying.compress import compress, load_task
 from tying.enforce.compact import compact
 from tying.enforce.tie import tie_, unique_parameters, untie_
 from tying.errors import TyingError, TyingWarning
@@ -8,8 +9,9 @@ from tying.find.declare import declare
 from tying.find.discover import discover
 from tying.groups import Groups
 from tying.inspect import inspect
-from tying.measure import Report, measure, sharing
+from tying.measure import measure
 from tying.penalties.norms import OWL, GroupLasso, GrOWL, Lasso, Ridge
+from tying.penalties.prox import owl_dual_norm, owl_norm, prox_growl, prox_owl
 from tying.plan import Tie, TiePlan
 from tying.report import report
 from tying.store import load, save
@@ -18,14 +20,11 @@ from tying.version import __version__
 
 __all__ = [
     "OWL",
-    "CompressResult",
     "GrOWL",
     "GroupLasso",
     "Groups",
     "Lasso",
-    "Report",
     "Ridge",
-    "Task",
     "Tie",
     "TiePlan",
     "TyingError",
@@ -36,13 +35,17 @@ __all__ = [
     "declare",
     "discover",
     "inspect",
+    "joined_groups",
     "load",
     "load_task",
     "measure",
+    "owl_dual_norm",
+    "owl_norm",
+    "prox_growl",
+    "prox_owl",
     "proximal",
     "report",
     "save",
-    "sharing",
     "tie_",
     "unique_parameters",
     "untie_",
