@@ -77,9 +77,11 @@ def squares(view: Tensor, *, precise: bool = False) -> Tensor:
 
 def adder(view: Tensor) -> Callable[[], Squares]:
     """Return `squares` of an `(A, n, B)` view on the CPU as a function to call again and again, inside of `quiet`."""
+    before, count, after = view.shape
+    if not view.numel():
+        return partial(np.zeros, count)
     if view.dtype not in (torch.float32, torch.float64):
         return partial(_squares_in, torch.float32, view)
-    before, count, after = view.shape
     array = view.numpy()
     if before == 1:
         return partial(_sum_after, array[0])
