@@ -45,6 +45,11 @@ def proximal(
     per number, as Adam's, spoil ties, and a warning says so. A copy of the optimizer has no penalties, as PyTorch
     copies no hooks: call `proximal` for it too.
 
+    On many machines call it on every rank, with the same rules. Replicas (DDP) send nothing and stay equal bit for bit.
+    Of parameters that are sharded (DTensor: `torch.distributed.fsdp.fully_shard`, tensor parallelism) only the squares
+    of the groups' norms travel: one message per prox, of 8 bytes for each group; what is not finite on one rank is
+    refused by all. `torch.distributed.checkpoint` saves and loads the handle as it is, for any number of ranks.
+
     Args:
         optimizer: The one that steps the parameters.
         model: Whose parameter names the rules use.
