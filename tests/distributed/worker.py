@@ -32,7 +32,13 @@ def checks(world: int, folder: Path) -> dict[str, Callable[[], None]]:
             found[f"refusal: {name}"] = partial(laws.law_refusal, spread)
     if world > 2:
         return found
-    for name, spread in spreads.items():
+    for name in (
+        "fully_shard (2)",
+        "fully_shard, replicas x shards (2, 1)",
+        "tensor x fully_shard (1, 2)",
+        "tensor (2)",
+    ):
+        spread = spreads[name]
         found[f"joined: {name}"] = partial(laws.law_training, spread, laws.JOINED)
         found[f"frozen: {name}"] = partial(laws.law_frozen, spread)
         found[f"bits of float32: {name}"] = partial(laws.law_bits, spread, torch.float32)
