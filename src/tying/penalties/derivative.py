@@ -64,11 +64,9 @@ class _Product(Function):
     @staticmethod
     def forward(v: Tensor, u: Tensor, thresholds: Vector) -> Tensor:
         vectors, factors = to_array(v), to_array(u).astype(np.float64)
-        size = len(thresholds)
-        pairs = zip(vectors.reshape(-1, size), factors.reshape(-1, size), strict=True)
         products = np.empty_like(factors)
-        for product, (vector, factor) in zip(products.reshape(-1, size), pairs, strict=True):
-            product[:] = _product(vector, factor, thresholds)
+        for index in np.ndindex(vectors.shape[:-1]):
+            products[index] = _product(vectors[index], factors[index], thresholds)
         return torch.from_numpy(products).to(u.device, u.dtype)
 
     @staticmethod
@@ -124,18 +122,17 @@ def solve(v: Tensor, thresholds: Vector) -> Tensor:
     Raises:
         PenaltyError: If v is not real floating numbers, or not finite.
     """
-    values = to_array(v)
-    return one_zero(torch.from_numpy(solve_array(values, thresholds)).to(v.device, v.dtype))
+    return one_zero(torch.from_numpy(solve_array(to_array(v), thresholds)).to(v.device, v.dtype))
 
 
-def solve_array(values: NDArray[Any], thresholds: Vector) -> NDArray[Any]:
-    """Return the prox of every vector of `(…, n)`, float32 or float64, C-contiguous.
+def solve_array(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray[Any]:
+    """Return the prox of every vector of `(…, n)`, float32 or float64, C-contiguous: see `shrink_vectors`.
 
     Raises:
         PenaltyError: If one is not finite.
     """
     try:
-        return shrink_vectors(values, thresholds)
+        return shrink_vectors(values, weights, step)
     except FloatingPointError:
         check_finite(values.reshape(-1), "entry")
         raise

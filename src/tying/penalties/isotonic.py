@@ -9,53 +9,41 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tying.penalties.workspace import borrow
+
 Vector: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
 Routine: TypeAlias = Callable[[Vector, Vector, Indices], tuple[Vector, Vector, Indices, int]]
 
-_LONG = 512
-"""The mean of a longer block is taken anew: added up one by one, so many numbers are off by up to 512 half eps."""
-
-
-def fit_difference(larger: NDArray[Any], smaller: Vector) -> Vector:
-    """Return the non-decreasing fit of `larger − smaller`, the nearest in the sum of squares.
-
-    Args:
-        larger: `(n,)`, any real floating dtype; subtracted in float64.
-        smaller: `(n,)` float64.
-
-    Returns:
-        `(n,)` float64, non-decreasing; the numbers of a block are the same bit for bit.
-
-    Example:
-        >>> fit_difference(np.array([1.0, 3.5, 4.0]), np.array([0.0, 1.0, 2.0]))
-        array([1.  , 2.25, 2.25])
-    """
-    fit = np.subtract(larger, smaller, dtype=np.float64)
-    if not len(fit):
-        return fit
-    edges = pool(fit)
-    if len(fit) > _LONG:
-        long = np.flatnonzero(edges[1:] - edges[:-1] > _LONG)
-        for start, stop in zip(edges[long], edges[long + 1], strict=True):
-            fit[start:stop] = np.subtract(larger[start:stop], smaller[start:stop], dtype=np.float64).mean()
-        if len(long):
-            np.maximum.accumulate(fit, out=fit)  # neighbours may be out of order by a rounding now
-    return fit
+_ONES = np.ones(1 << 10)
 
 
 def pool(values: Vector) -> Indices:
-    """Return the edges of the blocks of the non-decreasing fit: block k is `values[edges[k] : edges[k + 1]]`.
+    """Turn `(n,)` values into their non-decreasing fit, the nearest in the sum of squares, in place.
 
     Args:
-        values: `(n,)`, n ≥ 1, C-contiguous; overwritten with the fit.
+        values: `(n,)`, C-contiguous.
+
+    Returns:
+        The edges of the blocks: block k is `values[edges[k] : edges[k + 1]]`, the same number bit for bit. They hold
+        until the next call in this thread.
 
     Example:
-        >>> pool(np.array([1.0, 3.0, 2.0]))
+        >>> values = np.array([1.0, 3.0, 2.0])
+        >>> pool(values)
         array([0, 1, 3])
+        >>> values
+        array([1. , 2.5, 2.5])
     """
     count = len(values)
-    _, _, edges, blocks = _routine()(values, np.ones(count), np.empty(count + 1, dtype=np.intp))
+    if not count:
+        return np.zeros(1, np.intp)
+    if count <= len(_ONES):
+        ones = _ONES[:count].copy()
+    else:
+        ones = borrow("ones", count, np.float64)
+        ones.fill(1.0)
+    _, _, edges, blocks = _routine()(values, ones, borrow("edges", count + 1, np.intp))
     return edges[: blocks + 1]
 
 

@@ -1,10 +1,13 @@
 """The sorted-L1 (OWL, SLOPE) norm, its dual norm and its prox, on vectors and on groups: for solvers of one's own.
 
-Ω(x) = Σ_i λ_i |x|_[i], with |x|_[1] ≥ |x|_[2] ≥ … and λ_1 ≥ … ≥ λ_n ≥ 0. Everything is computed in float64 on the CPU.
-Sources: Bogdan et al., arXiv 1407.3824; Zeng & Figueiredo, arXiv 1409.4271; on groups: Oswal et al., ICML 2016.
+Ω(x) = Σ_i λ_i |x|_[i], with |x|_[1] ≥ |x|_[2] ≥ … and λ_1 ≥ … ≥ λ_n ≥ 0. Everything is computed in float64 on the CPU,
+outside of what `torch.compile` compiles. Sources: Bogdan et al., arXiv 1407.3824; Zeng & Figueiredo, arXiv 1409.4271;
+on groups: Oswal et al., ICML 2016.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from tying.penalties.sequences import SequenceLike, check_not_negative
 from tying.penalties.sequences import weights as weights_of
 from tying.penalties.sorted_l1 import Vector, shrink_sorted
 from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
+
+_PLAIN = (torch.float32, torch.float64)
 
 
 def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -47,17 +52,21 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         >>> v.grad
         tensor([-0.5000,  0.0000,  0.5000])
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(prox_owl)(v, weights, step)
     _check_dimensions(v)
-    thresholds = _thresholds(weights, v.shape[-1], step)
+    if type(step) is not float or not 0.0 <= step < math.inf:  # what is usual is found out at once
+        step = check_not_negative("step", step)
+    numbers = weights_of(weights, v.shape[-1])
     if (v.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
-        return derivative.prox(v, thresholds)
+        return derivative.prox(v, step * numbers)
+    if v.dtype not in _PLAIN or not v.is_contiguous():
+        return derivative.prox(v, step * numbers)
     try:
         values = (v.detach() if v.requires_grad else v).numpy()
-    except (RuntimeError, TypeError):  # on another device, half precision, inside torch.func
-        return derivative.prox(v, thresholds)
-    if values.dtype.kind != "f" or values.itemsize < 4 or not values.flags.c_contiguous:
-        return derivative.solve(v, thresholds)
-    return torch.from_numpy(derivative.solve_array(values, thresholds))
+    except (RuntimeError, TypeError):  # on another device, or inside torch.func
+        return derivative.prox(v, step * numbers)
+    return torch.from_numpy(derivative.solve_array(values, numbers, step))
 
 
 def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -84,8 +93,10 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
         tensor([[2.1000, 2.8000],
                 [0.0000, 3.5000]])
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(prox_growl)(matrix, weights, step)
     check_matrix(matrix)
-    thresholds = _thresholds(weights, len(matrix), step)
+    thresholds = check_not_negative("step", step) * weights_of(weights, len(matrix))
     if (matrix.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
         return _differentiable_growl(matrix, thresholds)
     try:
@@ -118,6 +129,8 @@ def owl_norm(x: Tensor, weights: SequenceLike) -> Tensor:
         >>> owl_norm(torch.tensor([1.0, -3.0]), [2.0, 1.0])
         tensor(7., dtype=torch.float64)
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(owl_norm)(x, weights)
     ordered = _descending(x)
     return (ordered * torch.tensor(weights_of(weights, x.shape[-1]).tolist(), dtype=torch.float64)).sum(dim=-1)
 
@@ -145,6 +158,8 @@ def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
         >>> prox_owl(A.T @ y, [2.0, 1.0], step=0.9999 * critical) > 0
         tensor([True, True])
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(owl_dual_norm)(u, weights)
     loads = _descending(u).cumsum(dim=-1)
     if not u.shape[-1]:
         return loads.sum(dim=-1)
@@ -170,13 +185,6 @@ def _descending(x: Tensor) -> Tensor:
 def _check_dimensions(v: Tensor) -> None:
     if not v.dim():
         raise PenaltyError("v: expected a vector or a batch of vectors, got a single number; use v.reshape(1)")
-
-
-def _thresholds(weights: SequenceLike, count: int, step: float) -> Vector:
-    numbers = weights_of(weights, count)
-    if type(step) is float and step == 1.0:
-        return numbers
-    return check_not_negative("step", step) * numbers
 
 
 def _in_forward_mode() -> bool:
