@@ -78,10 +78,10 @@ def squares(view: Tensor, *, precise: bool = False) -> Tensor:
 def adder(view: Tensor) -> Callable[[], Squares]:
     """Return `squares` of an `(A, n, B)` view on the CPU as a function to call again and again, inside of `quiet`."""
     before, count, after = view.shape
-    if not view.numel():
-        return partial(np.zeros, count)
     if view.dtype not in (torch.float32, torch.float64):
         return partial(_squares_in, torch.float32, view)
+    if not view.numel():
+        return partial(np.zeros, count)
     array = view.numpy()
     if before == 1:
         return partial(_sum_after, array[0])
@@ -116,11 +116,11 @@ def _squares_in(dtype: torch.dtype, view: Tensor) -> Squares:
     """Return `squares` of a view converted to a wider dtype, piece by piece."""
     before, count, after = view.shape
     if before == 1 and count > 1:
-        pieces = view.split(max(1, _CONVERTED // after), dim=1)
+        pieces = view.split(max(1, _CONVERTED // max(1, after)), dim=1)
         return np.concatenate([adder(piece.to(dtype))() for piece in pieces])
     rows = view.reshape(-1, 1, 1) if count == 1 else view
     total = np.zeros(count)
-    for piece in rows.split(max(1, _CONVERTED // rows[0].numel())):
+    for piece in rows.split(max(1, _CONVERTED // max(1, rows.stride(0)))):
         total += adder(piece.to(dtype))()
     return total
 

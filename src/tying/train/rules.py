@@ -283,7 +283,7 @@ def _why_not(model: nn.Module, name: str, groups: Groups) -> str | None:
     if groups.kind in ("elements", "whole"):
         return None
     module = model.get_submodule(name.rpartition(".")[0])
-    instead = "use Groups.elements() or Groups.whole()"
+    instead = "use Groups.elements() or Groups.whole(), or Joined groups along the axis meant"
     says = f"expected a parameter with {groups.kind} as groups, got {type(module).__name__}"
     if isinstance(module, _ConvTransposeNd) and groups.kind != "filters" and not name.endswith("bias"):
         return f"{says}, whose dimension 0 is its inputs and dimension 1 its outputs; {instead}, or Groups.filters()"
