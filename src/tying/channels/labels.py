@@ -17,8 +17,6 @@ from torch import Tensor
 
 Array = NDArray[np.int64]
 
-_NOTHING: Array = np.zeros(0, dtype=np.int64)
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -126,7 +124,7 @@ class Ledger:
         """Say that one value meets several channels: it belongs to none of them, and is lost unless a summary."""
         self.block(labels, reason)
         self.reads.append(unique(labels))
-        self._spreads.append((unique(labels), np.unique(np.concatenate([unique(o) for o in over])), reason))
+        self._spreads.append((unique(labels), _distinct(np.concatenate([unique(o) for o in over])), reason))
 
     def mark_made(self, labels: Tensor) -> None:
         """Record that these slices of parameters make their channels."""
@@ -177,22 +175,23 @@ class Ledger:
             if chunks:
                 free |= slabs[:, axis] & _even(labels, classes, found, axis, chunks)
             block(found[~free], reason)
-        for before, after, reason in self._kept:
-            block(np.setdiff1d(classes[before], classes[after]), reason)
-        return classes, reasons, self._losses(classes)
+        gone = [(_without(classes[before], classes[after]), reason) for before, after, reason in self._kept]
+        for found, reason in gone:
+            block(found, reason)
+        return classes, reasons, self._losses(classes, gone)
 
-    def _losses(self, classes: Array) -> list[str | None]:
+    def _losses(self, classes: Array, gone: Sequence[tuple[Array, str]]) -> list[str | None]:
         """Return, for every channel, why what depends on it is not known in full, if so."""
         losses: list[str | None] = [None] * (int(classes.max(initial=-1)) + 1)
         for labels, reason in self._lost:
             _give(losses, classes[labels], reason)
-        for before, after, reason in self._kept:
-            _give(losses, np.setdiff1d(classes[before], classes[after]), reason)
-        summaries = [(classes[of], np.unique(classes[summary]), reason) for of, summary, reason in self._summaries]
+        for found, reason in gone:
+            _give(losses, found, reason)
+        summaries = [(classes[of], _distinct(classes[summary]), reason) for of, summary, reason in self._summaries]
         for labels, over, reason in self._spreads:
             fits = [summary for of, summary, _ in summaries if np.isin(classes[over], of).all()]
-            _give(losses, np.setdiff1d(classes[labels], np.concatenate(fits or [_NOTHING])), reason)
-        read = np.unique(classes[: self.named][self.read])
+            _give(losses, _without(classes[labels], np.concatenate([*fits, classes[:0]])), reason)
+        read = _distinct(classes[: self.named][self.read])
         for of, summary, reason in reversed(summaries):  # a summary of a summary comes later
             if np.isin(summary, read).any() or any(losses[index] for index in summary.tolist()):
                 _give(losses, of, reason)
@@ -227,12 +226,24 @@ def varies(labels: Tensor, dim: int) -> bool:
 
 def unique(labels: Tensor) -> Array:
     """Return the distinct labels, ascending."""
-    return np.unique(_flat(squash(labels)[0]))
+    return _distinct(_flat(squash(labels)[0]))
+
+
+def _distinct(values: Array) -> Array:
+    """Return each value once, ascending: as `np.unique`, which is slow for values that are so already."""
+    if len(values) < 2 or bool((values[1:] > values[:-1]).all()):
+        return values
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+
+
+def _without(values: Array, others: Array) -> Array:
+    return np.setdiff1d(_distinct(values), _distinct(others), assume_unique=True)
 
 
 def _give(reasons: list[str | None], found: Array, reason: str) -> None:
     """Give the channels a reason, unless they have one."""
-    for index in np.unique(found).tolist():
+    for index in _distinct(found).tolist():
         reasons[index] = reasons[index] or reason
 
 
@@ -261,7 +272,7 @@ def _indices(inverse: Array, shape: Sequence[int], axis: int) -> Array:
     """Return the distinct (channel, index along the axis) pairs, as two rows."""
     length = shape[axis]
     index = np.broadcast_to(np.arange(length).reshape([-1 if d == axis else 1 for d in range(len(shape))]), shape)
-    pairs = np.unique(inverse * length + index.reshape(-1))
+    pairs = _distinct(inverse * length + index.reshape(-1))
     return np.stack([pairs // length, pairs % length])
 
 
