@@ -99,7 +99,8 @@ class Ledger:
         a, b = (_flat(t) for t in squash(left, right))
         differ = a != b
         if differ.any():
-            self._pairs.append(np.unique(np.stack([a[differ], b[differ]]), axis=1))
+            pairs = _distinct(a[differ] * self.size + b[differ])
+            self._pairs.append(np.stack(np.divmod(pairs, self.size)))
 
     def block(self, labels: Tensor, reason: str) -> None:
         """Say why these can't be removed; the first reason given is the one reported."""
