@@ -293,12 +293,7 @@ def half_shrunk(model: nn.Module, found: tuple[Joined, ...]) -> dict[str, Tensor
 SHRUNK = {**FAMILIES, **{name: NETWORKS[name] for name in ("lenet", "flatten_a_concatenation", "grouped")}}
 
 
-ONE_KEY = pytest.mark.xfail(strict=True, reason="two Joined along the same axes go by one key, so each steps twice")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=ONE_KEY if n == "flatten_a_concatenation" else ()) for n in SHRUNK]
-)
+@pytest.mark.parametrize("name", SHRUNK)
 def test_a_group_is_shrunk_by_its_norm_over_all_readers(name: str) -> None:
     model, x = SHRUNK[name].make()
     expected = half_shrunk(model, joined_groups(model, x))

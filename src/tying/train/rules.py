@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from itertools import product
 from typing import Any, TypeAlias, cast
 
@@ -57,16 +56,13 @@ class Target:
     count: int
     """G, the number of groups."""
     penalty: Penalty
+    key: str
+    """Names and groups, `fc1.weight[inputs]`; numbered where several joined groups have the same."""
 
     @property
     def name(self) -> str:
         """The name of the parameter, or of the first that is joined."""
         return self.places[0].name
-
-    @cached_property
-    def key(self) -> str:
-        """Names and groups: `fc1.weight[inputs]`."""
-        return str(self.groups) if isinstance(self.groups, Joined) else f"{self.name}[{self.groups}]"
 
     @property
     def kind(self) -> str:
@@ -97,7 +93,8 @@ def resolve(rules: Rules, model: nn.Module, optimizer: Optimizer) -> list[Target
     for key, penalty in rules.items():
         for target in _targets(key, penalty, names, places, model):
             _refuse_twice(target, targets)
-            targets.append(target)
+            same = sum(other.key.partition(" (")[0] == target.key for other in targets)
+            targets.append(replace(target, key=f"{target.key} ({same + 1})") if same else target)
     return targets
 
 
@@ -170,7 +167,7 @@ def _target(
     except (PenaltyError, PlanError) as error:
         raise PenaltyError(f"{name}: {error}") from error
     axes = groups.axes(parameter.dim())
-    return Target(groups, (replace(place, axes=axes),), count, penalty)
+    return Target(groups, (replace(place, axes=axes),), count, penalty, f"{name}[{groups}]")
 
 
 def _check_shards(parameter: Tensor, groups: Groups, penalty: Penalty) -> None:
@@ -211,7 +208,7 @@ def _joined(joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], pl
         penalty.thresholds(joined.count, 0.0)  # explicit weights' number
     except PenaltyError as error:
         raise PenaltyError(f"{joined}: {error}") from error
-    return Target(joined, tuple(found), joined.count, penalty)
+    return Target(joined, tuple(found), joined.count, penalty, str(joined))
 
 
 def _check_part(place: Place, joined: Joined, before: list[Place]) -> None:
