@@ -8,6 +8,7 @@ on groups: Oswal et al., ICML 2016.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tying.penalties.sequences import weights as weights_of
 from tying.penalties.sorted_l1 import Vector, shrink_sorted
 from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
 
+_uncompiled: Any = torch.compiler.disable
 _PLAIN = (torch.float32, torch.float64)
 
 
@@ -53,7 +55,7 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         tensor([-0.5000,  0.0000,  0.5000])
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(prox_owl)(v, weights, step)
+        return _uncompiled(prox_owl)(v, weights, step)
     _check_dimensions(v)
     if type(step) is not float or not 0.0 <= step < math.inf:  # what is usual is found out at once
         step = check_not_negative("step", step)
@@ -94,7 +96,7 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
                 [0.0000, 3.5000]])
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(prox_growl)(matrix, weights, step)
+        return _uncompiled(prox_growl)(matrix, weights, step)
     check_matrix(matrix)
     thresholds = check_not_negative("step", step) * weights_of(weights, len(matrix))
     if (matrix.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
@@ -130,7 +132,7 @@ def owl_norm(x: Tensor, weights: SequenceLike) -> Tensor:
         tensor(7., dtype=torch.float64)
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(owl_norm)(x, weights)
+        return _uncompiled(owl_norm)(x, weights)
     ordered = _descending(x)
     return (ordered * torch.tensor(weights_of(weights, x.shape[-1]).tolist(), dtype=torch.float64)).sum(dim=-1)
 
@@ -159,7 +161,7 @@ def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
         tensor([True, True])
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(owl_dual_norm)(u, weights)
+        return _uncompiled(owl_dual_norm)(u, weights)
     loads = _descending(u).cumsum(dim=-1)
     if not u.shape[-1]:
         return loads.sum(dim=-1)
