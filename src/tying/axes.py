@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Squares = NDArray[np.float64]
+Numbers = NDArray[np.floating]
 
 SAFE = (1e-24, 1e30)
 """Between these lies the largest of some squares if forming them in float32 has lost nothing that counts."""
@@ -24,7 +25,7 @@ _ADDED = 8
 """So many squares are added up in float32; the sums of those in float64: norms are 1e-7 off at most."""
 _HELD = 1 << 16
 """Sums in float32 that are held at once."""
-_DOT = 512
+_DOT = 1024
 """Length of a dot product in float32; BLAS keeps some 64 partial sums."""
 _CONVERTED = 1 << 16
 """Numbers converted to a wider dtype at once: they stay in cache."""
@@ -84,9 +85,9 @@ def adder(view: Tensor) -> Callable[[], Squares]:
         return partial(np.zeros, count)
     array = view.numpy()
     if before == 1:
-        return partial(_sum_after, array[0])
-    matrix = array.reshape(before, count * after)
-    return partial(_sum_before, matrix) if after == 1 else partial(_sum_both, matrix, after)
+        return partial(_sum_pieces, *_in_pieces(array[0]))
+    blocks = _in_blocks(array.reshape(before, count * after))
+    return partial(_sum_blocks, *blocks) if after == 1 else partial(_sum_both, after, *blocks)
 
 
 def quiet() -> np.errstate:
@@ -146,37 +147,45 @@ def broadcast(tensor: Tensor, kept: tuple[int, ...], factors: Tensor) -> tuple[T
     return moved, factors.view(*moved.shape[: len(kept)], *[1] * (moved.dim() - len(kept)))
 
 
-def _sum_both(matrix: NDArray[np.floating], after: int) -> Squares:
-    """Return the squares of an `(A, n · B)` matrix summed over A and B."""
-    return _sum_before(matrix).reshape(-1, after).sum(axis=1)
-
-
-def _sum_before(matrix: NDArray[np.floating]) -> Squares:
-    """Return the squares of an `(A, m)` matrix summed over A."""
-    rows = _ADDED * max(1, _HELD // matrix.shape[1])
-    total = _sum_block(matrix[:rows])
-    for start in range(rows, len(matrix), rows):
-        total += _sum_block(matrix[start : start + rows])
-    return total
-
-
-def _sum_block(matrix: NDArray[np.floating]) -> Squares:
+def _in_blocks(matrix: Numbers) -> tuple[list[Numbers], Numbers]:
+    """Return an `(A, m)` matrix as `(k, 8, m)` blocks, and what is left over of A."""
     whole = len(matrix) - len(matrix) % _ADDED
-    block, rest = matrix[:whole].reshape(-1, _ADDED, matrix.shape[1]), matrix[whole:]
-    total = np.add.reduce(np.einsum("kij,kij->kj", block, block), axis=0, dtype=np.float64)
-    return total + np.einsum("ij,ij->j", rest, rest) if len(rest) else total
+    rows = _ADDED * max(1, _HELD // matrix.shape[1])
+    cut = [matrix[start : min(start + rows, whole)] for start in range(0, whole, rows)]
+    return [block.reshape(-1, _ADDED, matrix.shape[1]) for block in cut], matrix[whole:]
 
 
-def _sum_after(matrix: NDArray[np.floating]) -> Squares:
-    """Return the squares of an `(n, B)` matrix summed over B."""
+def _sum_blocks(blocks: list[Numbers], rest: Numbers) -> Squares:
+    """Return the squares of an `(A, m)` matrix summed over A."""
+    total = None
+    for block in blocks:
+        own = np.add.reduce(np.einsum("kij,kij->kj", block, block), axis=0, dtype=np.float64)
+        total = own if total is None else np.add(total, own, out=total)
+    if len(rest):
+        own = np.einsum("ij,ij->j", rest, rest).astype(np.float64)
+        total = own if total is None else total + own
+    return np.zeros(rest.shape[1]) if total is None else total
+
+
+def _sum_both(after: int, blocks: list[Numbers], rest: Numbers) -> Squares:
+    """Return the squares of an `(A, n · B)` matrix summed over A and B."""
+    return _sum_blocks(blocks, rest).reshape(-1, after).sum(axis=1)
+
+
+def _in_pieces(matrix: Numbers) -> tuple[Numbers, Numbers]:
+    """Return an `(n, B)` matrix as `(n, k, L)` pieces, and what is left over of B."""
     length = _dot_length(matrix.shape[1])
-    if length == matrix.shape[1]:
-        return np.vecdot(matrix, matrix).astype(np.float64)
-    whole = matrix.shape[1] - matrix.shape[1] % length
-    pieces, rest = matrix[:, :whole].reshape(len(matrix), -1, length), matrix[:, whole:]
-    # First widened, then added: a sum that widens goes through a buffer, and cuts there.
-    total = np.vecdot(pieces, pieces).astype(np.float64).sum(axis=1)
-    return total + np.vecdot(rest, rest) if whole < matrix.shape[1] else total
+    whole = matrix.shape[1] - matrix.shape[1] % max(1, length)
+    return matrix[:, :whole].reshape(len(matrix), whole // max(1, length), length), matrix[:, whole:]
+
+
+def _sum_pieces(pieces: Numbers, rest: Numbers) -> Squares:
+    """Return the squares of an `(n, B)` matrix summed over B."""
+    parts = np.vecdot(pieces, pieces)
+    total = parts[:, 0].astype(np.float64)
+    for part in range(1, parts.shape[1]):  # a sum over so short an axis takes ten times as long
+        total += parts[:, part]
+    return total + np.vecdot(rest, rest) if rest.size else total
 
 
 @lru_cache

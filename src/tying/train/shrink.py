@@ -22,6 +22,7 @@ Steps = Mapping[str, float]
 
 _SOLVED = 4096
 """Norms that are shrunk in one call, which works on a dozen copies of them."""
+_TINY = np.finfo(np.float64).tiny
 
 
 def factors(
@@ -43,7 +44,7 @@ def factors(
     norms = np.sqrt(squares, out=squares)
     for some, span in _sets(targets):
         shrunk = shrink_sorted(norms[span], _thresholds(some, steps), [target.count for target in some])
-        norms[span] = np.divide(shrunk, norms[span], out=np.zeros_like(shrunk), where=shrunk > 0)
+        np.divide(shrunk, np.maximum(norms[span], _TINY), out=norms[span])
     return norms
 
 
@@ -74,6 +75,9 @@ def named(name: str) -> Generator[None, None, None]:
 
 
 def _mend(squares: Vector, targets: Sequence[Target], again: Callable[[Target], Sequence[Vector]]) -> None:
+    """Put sums formed in float64 where those formed in float32 have lost something, or refuse what is not finite."""
+    if SAFE[0] < squares.min() and squares.max() < SAFE[1]:
+        return
     starts = np.cumsum([0, *(target.count for target in targets[:-1])])
     peaks = np.maximum.reduceat(squares, starts)
     for index in np.flatnonzero(~((peaks > SAFE[0]) & (peaks < SAFE[1]))).tolist():
