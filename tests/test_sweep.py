@@ -138,6 +138,16 @@ def test_what_is_not_one_by_one_fails_the_law(twin):
         law_of_one_by_one(twin, torch.float64, as_they_are, INPUTS)
 
 
+@pytest.mark.parametrize("groups", [INPUTS, OUTPUTS], ids=str)
+@pytest.mark.parametrize("change", MEMORY)
+def test_without_waiting_for_the_host_it_is_the_same(change, groups):
+    law_of_one_by_one(asynchronously, torch.float64, change, groups)
+
+
+def asynchronously(model: nn.Module, rules) -> None:
+    step(model, rules, asynchronous=True)
+
+
 def test_many_small_layers_and_few_large_ones_share_calls():
     torch.manual_seed(0)
     sizes = [(5, 9)] * 130 + [(40, 6000), (3, 2), (6000, 40)]
@@ -196,8 +206,9 @@ def law_of_joined_groups(take) -> None:
     assert torch.equal(model["right"].weight[:, 4:], untouched[1])
 
 
-def test_joined_groups_are_one():
-    law_of_joined_groups(step)
+@pytest.mark.parametrize("take", [step, asynchronously])
+def test_joined_groups_are_one(take):
+    law_of_joined_groups(take)
 
 
 def apart(model: nn.Module, rules) -> None:
@@ -362,6 +373,25 @@ def test_a_set_with_bad_weights_stays_as_it_was(where, bad):
     step(twin, {"*": GrOWL(1.0)})
     for name, parameter in model.items():
         assert torch.equal(parameter, twin[name])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_nobody_waits_for_is_told_one_step_later_and_changes_nothing(bad):
+    torch.manual_seed(0)
+    model = nn.ParameterDict({f"w{i}": nn.Parameter(torch.randn(10, 10)) for i in range(3)})
+    give_gradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = proximal(optimizer, model, {"*": GrOWL(1.0)}, asynchronous=True)
+    optimizer.step()
+    model["w1"].data[5, 7] = bad
+    before = [parameter.detach().clone() for parameter in model.values()]
+    optimizer.step()
+    with pytest.raises(PenaltyError, match=r"^w1: matrix: expected finite weights, got NaN or infinity in 1 of 10"):
+        optimizer.step()
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.values(), strict=True))
+    handle.prox_()
+    with pytest.raises(PenaltyError, match=r"^w1: matrix: expected finite weights"):
+        handle.remove()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e25, 1e38])

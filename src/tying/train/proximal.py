@@ -33,6 +33,7 @@ def proximal(
     every: Every | int = "step",
     steps_per_epoch: int | None = None,
     freeze_zeros: bool = False,
+    asynchronous: bool = False,
 ) -> ProximalHandle:
     """Put penalties on the optimizer's steps: w ← prox(w; t) after them, until `handle.remove()`.
 
@@ -60,6 +61,9 @@ def proximal(
         steps_per_epoch: The optimizer's steps in one epoch (`len(loader)` without gradient accumulation).
         freeze_zeros: Whether a group that is zero after a prox stays zero for good, as in the code of Zhang et al.,
             ICLR 2018.
+        asynchronous: Whether penalties on norms are solved where the weights are, without waiting for the host: for
+            accelerators with a queue of work. NaN or infinity in a weight is then told one prox later, or by
+            `remove()`; until then no weight of that device is changed.
 
     Returns:
         The handle that applies, saves and removes the penalties.
@@ -85,15 +89,16 @@ def proximal(
     for other in _handles.get(optimizer, []):
         other.refuse_overlap(targets)
     _warn_if_adaptive(optimizer)
-    return ProximalHandle(optimizer, targets, period, freeze_zeros)
+    sweep = Sweep(targets, tell_zeros=freeze_zeros, asynchronous=asynchronous)
+    return ProximalHandle(optimizer, sweep, period, freeze_zeros)
 
 
 class ProximalHandle:
     """The penalties that `proximal` put on an optimizer's steps."""
 
-    def __init__(self, optimizer: Optimizer, targets: list[Target], period: int | None, freeze_zeros: bool) -> None:
-        self._targets, self._period = targets, period
-        self._sweep = Sweep(targets, tell_zeros=freeze_zeros)
+    def __init__(self, optimizer: Optimizer, sweep: Sweep, period: int | None, freeze_zeros: bool) -> None:
+        targets = sweep.targets
+        self._targets, self._sweep, self._period = targets, sweep, period
         self._steps = 0  # since the last prox
         self._pending = dict.fromkeys((target.key for target in targets), 0.0)
         self._dead = {target.key: torch.zeros(target.count, dtype=torch.bool) for target in targets if freeze_zeros}
@@ -146,6 +151,9 @@ class ProximalHandle:
         Warns:
             TyingWarning: If steps were taken since the last prox (`prox_()`, before or after, applies them), or if a
                 parameter never had a gradient.
+
+        Raises:
+            PenaltyError: If the penalties are asynchronous and the last prox met NaN or infinity.
         """
         if self._removed:
             return
@@ -167,6 +175,7 @@ class ProximalHandle:
                 "the penalty was never applied; clear gradients after step() returns, not in a hook, and check that "
                 "the loss depends on it"
             )
+        self._sweep.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside model and optimizer: numbers, strings, and bool tensors `(G,)`."""

@@ -48,10 +48,11 @@ class Scattered:
 
     def write_(self) -> dict[str, Tensor]:
         """Multiply the weights; return which groups are zero, by the key of their target."""
-        counts = [target.count for target in self._solved]
-        parts = torch.from_numpy(self._factors).split(counts) if counts else ()
-        self._weights.multiply_(self._solved, parts)
-        return {target.key: part == 0 for target, part in zip(self._solved, parts, strict=True)}
+        factors = torch.from_numpy(self._factors)
+        self._weights.multiply_(self._solved, factors)
+        return {
+            t.key: factors[at : at + t.count] == 0 for at, t in zip(_starts(self._solved), self._solved, strict=True)
+        }
 
     def _sums(self, places: Sequence[Place]) -> dict[Place, Vector]:
         """Return Σ w² at every position of the axes of each place, over all ranks that have shards of it."""
@@ -67,27 +68,41 @@ class Weights:
     def __init__(self, places: Sequence[Place]) -> None:
         self.pieces = {p: piece_of(p.name, p.parameter, p.axes) for p in places if is_sharded(p.parameter)}
         self._known: dict[Place, tuple[object, Tensor | None]] = {}
+        self._groups: dict[tuple[Place, torch.device], Tensor] = {}
 
-    def squares(self, place: Place) -> Tensor:
+    def squares(self, place: Place, *, precise: bool = False) -> Tensor:
         """Return Σ w² at every position of the place's axes that is here, `(n,)` float64."""
         view = None if is_sharded(place.parameter) else self._view(place)
-        return squares_anywhere(local(place.parameter), place.axes) if view is None else squares(view)
+        if view is None:
+            return squares_anywhere(local(place.parameter), place.axes)
+        return squares(view, precise=precise)
 
-    def multiply_(self, targets: Sequence[Target], parts: Sequence[Tensor]) -> None:
-        """Multiply every group of the targets by its factor, `(G,)` float64 each."""
+    def multiply_(self, targets: Sequence[Target], factors: Tensor) -> None:
+        """Multiply every group by its factor, `(n,)` float64 on any device, target after target."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        for target, own in zip(targets, parts, strict=True):
+        there = {factors.device: factors}  # sent once to each device, whole
+        for at, target in zip(_starts(targets), targets, strict=True):
             for place in target.places:
-                mine = own if place.labels is None else torch.cat([own, own.new_ones(1)])[place.labels]
-                if place in self.pieces:
-                    mine = mine[self.pieces[place].positions]
                 parameter = local(place.parameter)
-                mine = mine.to(parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+                if parameter.device not in there:
+                    there[parameter.device] = factors.to(parameter.device)
+                mine = self._at_positions(place, there[parameter.device][at : at + target.count])
+                mine = mine.to(torch.float64 if parameter.dtype == torch.float64 else torch.float32)
                 view = self._view(place)
                 pairs.append(broadcast(parameter, place.axes, mine) if view is None else scaled(view, mine))
         if pairs:
             views, matching = zip(*pairs, strict=True)
             torch._foreach_mul_(views, matching)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+    def _at_positions(self, place: Place, factors: Tensor) -> Tensor:
+        """Return the factor of every position of a place that is here; 1 for those in no group."""
+        if place.labels is None and place not in self.pieces:
+            return factors
+        if (place, factors.device) not in self._groups:
+            labels = np.arange(len(factors)) if place.labels is None else place.labels
+            here = labels[self.pieces[place].positions] if place in self.pieces else labels
+            self._groups[place, factors.device] = torch.from_numpy(here).to(factors.device)
+        return torch.cat([factors, factors.new_ones(1)])[self._groups[place, factors.device]]
 
     def _view(self, place: Place) -> Tensor | None:
         """Return a view of a parameter in the order of its memory, made anew where it has got other memory."""
@@ -98,6 +113,11 @@ class Weights:
             view = in_memory_order(parameter, place.axes)
             self._known[place] = memory, view
         return view
+
+
+def _starts(targets: Sequence[Target]) -> list[int]:
+    """Return where the groups of every target begin."""
+    return np.cumsum([0, *(target.count for target in targets)]).tolist()[:-1]
 
 
 def _on_host(vectors: list[Tensor]) -> list[Vector]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tying.axes import squares_anywhere
 from tying.penalties.norms import OnNorms
+from tying.train.on_device import OnDevice
 from tying.train.on_numbers import OnNumbers
 from tying.train.resident import Resident
 from tying.train.rules import Target
@@ -24,6 +25,7 @@ Zeros = dict[str, Tensor]
 """Which groups are zero after a prox, by the key of their target: `(G,)` bool, or `_UNTOLD`."""
 
 _UNTOLD = torch.empty(0, dtype=torch.bool)
+_CPU = torch.device("cpu")
 
 _CACHED = 8 << 20
 """Bytes of weights that are read and then written while they are still in the processor's cache."""
@@ -32,10 +34,10 @@ _CACHED = 8 << 20
 class Sweep:
     """The targets of a handle in rounds: within one, every number of a parameter is in one group."""
 
-    def __init__(self, targets: Sequence[Target], *, tell_zeros: bool) -> None:
-        self._targets = targets
+    def __init__(self, targets: Sequence[Target], *, tell_zeros: bool, asynchronous: bool = False) -> None:
+        self.targets = targets
         self._weights = Weights([place for target in targets for place in target.places])
-        self._rounds = [_Round(some, tell_zeros) for some in _in_rounds(targets)]
+        self._rounds = [_Round(some, tell_zeros, asynchronous) for some in _in_rounds(targets)]
 
     def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
         """Apply the proxes; yield what is zero in the targets whose step has been taken, and is 0 in `steps` now.
@@ -51,34 +53,51 @@ class Sweep:
                 steps.update(dict.fromkeys(done, 0.0))
                 yield done
 
+    def settle(self) -> None:
+        """Raise what a step that nobody waited for would have raised."""
+        for some in self._rounds:
+            some.settle()
+
     def bury_(self, dead: Zeros) -> None:
         """Make groups zero."""
-        buried = [target for target in self._targets if target.key in dead and dead[target.key].any()]
-        self._weights.multiply_(buried, [(~dead[target.key]).double() for target in buried])
+        buried = [target for target in self.targets if target.key in dead and dead[target.key].any()]
+        if buried:
+            self._weights.multiply_(buried, torch.cat([(~dead[target.key]).double() for target in buried]))
 
 
 class _Round:
-    def __init__(self, targets: Sequence[Target], tell_zeros: bool) -> None:
+    def __init__(self, targets: Sequence[Target], tell_zeros: bool, asynchronous: bool) -> None:
+        self._settings = targets, tell_zeros, asynchronous
         numbers = [target for target in targets if not isinstance(target.penalty, OnNorms)]
         norms = [target for target in targets if isinstance(target.penalty, OnNorms) and target.count]
-        plain = [target for target in norms if _is_here(target) and not _is_sharded(target)]
-        others = [target for target in norms if target not in plain]
-        self._targets, self._tell_zeros = targets, tell_zeros
+        devices = {target: _device(target) for target in norms}
+        here = [target for target in norms if devices[target] == _CPU and not asynchronous]
+        alone = {device for device in devices.values() if device is not None and asynchronous}
+        elsewhere = [target for target in norms if devices[target] is None or not (asynchronous or target in here)]
+        self._here = [place.parameter for target in here for place in target.places]
+        self._on_device = [OnDevice([t for t in norms if devices[t] == device]) for device in sorted(alone, key=str)]
         # Scattered first: once its message is sent, what is wrong on one rank is told on all of them.
-        self._others = Scattered(others, [target.places[0] for target in numbers]), OnNumbers(numbers, tell_zeros)
-        self._plain = [place.parameter for target in plain for place in target.places]
-        self._sets = [_Set(some, tell_zeros) for some in _cached(plain)]
+        self._others = (
+            Scattered(elsewhere, [target.places[0] for target in numbers]),
+            OnNumbers(numbers, tell_zeros),
+            *self._on_device,
+        )
+        self._sets = [_Set(some, tell_zeros) for some in _cached(here)]
 
     def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
         """Apply the proxes; yield what is zero in the targets whose step is taken."""
-        if not all(parameter.is_cpu for parameter in self._plain):  # the model was moved to an accelerator
-            self.__init__(self._targets, self._tell_zeros)
+        if not all(parameter.is_cpu for parameter in self._here):  # the model was moved to an accelerator
+            self.__init__(*self._settings)
         for kind in self._others:
             kind.solve(steps)
         for some in self._sets:
             yield some.step_(steps)
         for kind in self._others:
             yield kind.write_()
+
+    def settle(self) -> None:
+        for kind in self._on_device:
+            kind.settle()
 
 
 class _Set:
@@ -107,12 +126,12 @@ def _again(target: Target) -> list[Vector]:
     return [squares_anywhere(place.parameter, place.axes).numpy() for place in target.places]
 
 
-def _is_here(target: Target) -> bool:
-    return all(place.parameter.is_cpu for place in target.places)
-
-
-def _is_sharded(target: Target) -> bool:
-    return any(is_sharded(place.parameter) for place in target.places)
+def _device(target: Target) -> torch.device | None:
+    """Return where a target's weights are; None for several devices, or ranks."""
+    if any(is_sharded(place.parameter) for place in target.places):
+        return None
+    devices = {place.parameter.device for place in target.places}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _cached(targets: Sequence[Target]) -> Iterator[list[Target]]:
