@@ -19,8 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import Tensor, constant_pad_nd
 
 
 def shrink_segmented(magnitudes: Tensor, thresholds: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -64,8 +63,8 @@ def _merge_(pairs: Tensor) -> None:
     half = pairs.shape[2]
     middle = left[:, -1:]
     # Sums run outward from the middle and of differences to it, so that rounding grows with what is pooled only.
-    above = pad((left - middle).flip(1).cumsum(1), (1, 0))  # of the k last
-    below = pad((right - middle).cumsum(1), (1, 0))  # of the k first
+    above = constant_pad_nd((left - middle).flip(1).cumsum(1), (1, 0))  # of the k last
+    below = constant_pad_nd((right - middle).cumsum(1), (1, 0))  # of the k first
     ranks = torch.arange(half, device=pairs.device)
     smaller = torch.searchsorted(right.contiguous(), left.contiguous())  # numbers of the right half
     larger = half - torch.searchsorted(left.contiguous(), right.contiguous(), right=True)
@@ -84,7 +83,7 @@ def _merge_(pairs: Tensor) -> None:
 def _firsts(ordered: Tensor, plan: _Plan) -> Tensor:
     """Return for every place the first one of the same segment with the same magnitude, `(n,)`."""
     places = torch.arange(len(ordered), device=ordered.device)
-    new = pad(ordered[1:] != ordered[:-1], (1, 0), value=True) | plan.starts
+    new = constant_pad_nd(ordered[1:] != ordered[:-1], (1, 0), True) | plan.starts
     return torch.where(new, places, 0).cummax(0).values
 
 
