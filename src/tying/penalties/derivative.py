@@ -37,7 +37,7 @@ def norms(matrix: Tensor) -> Tensor:
 class _Prox(Function):
     @staticmethod
     def forward(v: Tensor, thresholds: Vector) -> Tensor:
-        return solve(v, thresholds)
+        return _solve(v, thresholds)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,23 +116,15 @@ class _Norms(Function):
         return _Norms.apply(_batched(args[0], in_dims[0], info.batch_size)), 0
 
 
-def solve(v: Tensor, thresholds: Vector) -> Tensor:
+def _solve(v: Tensor, thresholds: Vector) -> Tensor:
     """Return the prox of every vector of `(…, n)`, a new tensor of the same dtype and device, not differentiable.
 
     Raises:
         PenaltyError: If v is not real floating numbers, or not finite.
     """
-    return one_zero(torch.from_numpy(solve_array(to_array(v), thresholds)).to(v.device, v.dtype))
-
-
-def solve_array(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray[Any]:
-    """Return the prox of every vector of `(…, n)`, float32 or float64, C-contiguous: see `shrink_vectors`.
-
-    Raises:
-        PenaltyError: If one is not finite.
-    """
+    values = to_array(v)
     try:
-        return shrink_vectors(values, weights, step)
+        return one_zero(torch.from_numpy(shrink_vectors(values, thresholds)).to(v.device, v.dtype))
     except FloatingPointError:
         check_finite(values.reshape(-1), "entry")
         raise

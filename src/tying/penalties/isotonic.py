@@ -22,7 +22,7 @@ def pool(values: Vector) -> Indices:
     """Turn `(n,)` values into their non-decreasing fit, the nearest in the sum of squares, in place.
 
     Args:
-        values: `(n,)`, C-contiguous.
+        values: `(n,)`, n ≥ 1, C-contiguous.
 
     Returns:
         The edges of the blocks: block k is `values[edges[k] : edges[k + 1]]`, the same number bit for bit. They hold
@@ -36,14 +36,12 @@ def pool(values: Vector) -> Indices:
         array([1. , 2.5, 2.5])
     """
     count = len(values)
-    if not count:
-        return np.zeros(1, np.intp)
     if count <= len(_ONES):
-        ones = _ONES[:count].copy()
+        ones, edges = _ONES[:count].copy(), np.empty(count + 1, np.intp)
     else:
-        ones = borrow("ones", count, np.float64)
+        ones, edges = borrow("ones", count, np.float64), borrow("edges", count + 1, np.intp)
         ones.fill(1.0)
-    _, _, edges, blocks = _routine()(values, ones, borrow("edges", count + 1, np.intp))
+    _, _, edges, blocks = _routine()(values, ones, edges)
     return edges[: blocks + 1]
 
 

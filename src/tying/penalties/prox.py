@@ -19,9 +19,10 @@ from tying.errors import PenaltyError
 from tying.penalties import derivative
 from tying.penalties.sequences import SequenceLike, check_not_negative
 from tying.penalties.sequences import weights as weights_of
-from tying.penalties.sorted_l1 import Vector, shrink_sorted
+from tying.penalties.sorted_l1 import Vector, shrink_sorted, shrink_vectors
 from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
 
+_is_compiling = torch.compiler.is_compiling
 _uncompiled: Any = torch.compiler.disable
 _PLAIN = (torch.float32, torch.float64)
 
@@ -54,12 +55,14 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         >>> v.grad
         tensor([-0.5000,  0.0000,  0.5000])
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return _uncompiled(prox_owl)(v, weights, step)
-    _check_dimensions(v)
+    shape = v.shape
+    if not shape:
+        raise _no_vector()
     if type(step) is not float or not 0.0 <= step < math.inf:  # what is usual is found out at once
         step = check_not_negative("step", step)
-    numbers = weights_of(weights, v.shape[-1])
+    numbers = weights_of(weights, shape[-1])
     if (v.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
         return derivative.prox(v, step * numbers)
     if v.dtype not in _PLAIN or not v.is_contiguous():
@@ -68,7 +71,11 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         values = (v.detach() if v.requires_grad else v).numpy()
     except (RuntimeError, TypeError):  # on another device, or inside torch.func
         return derivative.prox(v, step * numbers)
-    return torch.from_numpy(derivative.solve_array(values, numbers, step))
+    try:
+        return torch.from_numpy(shrink_vectors(values, numbers, step))
+    except FloatingPointError:
+        check_finite(values.reshape(-1), "entry")
+        raise
 
 
 def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -95,7 +102,7 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
         tensor([[2.1000, 2.8000],
                 [0.0000, 3.5000]])
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return _uncompiled(prox_growl)(matrix, weights, step)
     check_matrix(matrix)
     thresholds = check_not_negative("step", step) * weights_of(weights, len(matrix))
@@ -131,7 +138,7 @@ def owl_norm(x: Tensor, weights: SequenceLike) -> Tensor:
         >>> owl_norm(torch.tensor([1.0, -3.0]), [2.0, 1.0])
         tensor(7., dtype=torch.float64)
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return _uncompiled(owl_norm)(x, weights)
     ordered = _descending(x)
     return (ordered * torch.tensor(weights_of(weights, x.shape[-1]).tolist(), dtype=torch.float64)).sum(dim=-1)
@@ -160,7 +167,7 @@ def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
         >>> prox_owl(A.T @ y, [2.0, 1.0], step=0.9999 * critical) > 0
         tensor([True, True])
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return _uncompiled(owl_dual_norm)(u, weights)
     loads = _descending(u).cumsum(dim=-1)
     if not u.shape[-1]:
@@ -176,7 +183,8 @@ def _descending(x: Tensor) -> Tensor:
     Raises:
         PenaltyError: If they are not real floating numbers, or not finite.
     """
-    _check_dimensions(x)
+    if not x.dim():
+        raise _no_vector()
     check_floating(x)
     magnitudes = x.to("cpu", torch.float64).abs()
     if not magnitudes.isfinite().all():
@@ -184,9 +192,8 @@ def _descending(x: Tensor) -> Tensor:
     return magnitudes.sort(dim=-1, descending=True).values
 
 
-def _check_dimensions(v: Tensor) -> None:
-    if not v.dim():
-        raise PenaltyError("v: expected a vector or a batch of vectors, got a single number; use v.reshape(1)")
+def _no_vector() -> PenaltyError:
+    return PenaltyError("v: expected a vector or a batch of vectors, got a single number; use v.reshape(1)")
 
 
 def _in_forward_mode() -> bool:

@@ -197,7 +197,7 @@ def as_sequence(sequence: SequenceLike) -> Callable[[int], Weights]:
 def weights(sequence: SequenceLike, n: int) -> Weights:
     """Return the n weights of a sequence, or of an array of n weights, `(n,)` float64, checked; not to be written to.
 
-    The weights of the sequences of this module are kept, up to 32,768 of them: they are asked for at every step.
+    The weights of the sequences of this module are kept, up to 131,072 of them: they are asked for at every step.
 
     Raises:
         PenaltyError: If they are not n finite, non-negative, non-increasing numbers.
@@ -212,10 +212,10 @@ def weights(sequence: SequenceLike, n: int) -> Weights:
 
 
 _LASTING = (Constant, Oscar, Ramp, Pld, Spike)
-_KEPT = 1 << 15
+_KEPT = 1 << 17
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _kept(sequence: Callable[[int], Weights], n: int) -> Weights:
     return _locked(check_weights(sequence(n), n))
 
