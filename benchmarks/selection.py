@@ -204,7 +204,7 @@ def _ridge(samples: Sequence[Sample]) -> dict[str, float | None]:
     return {"error": float(np.mean([relative_error(X, s.test) for X, s in zip(fits, samples, strict=True)]))}
 
 
-def near_copies(seeds: int) -> list[Line]:
+def near_copies(seeds: int, strengths: int = 30) -> list[Line]:
     """Run the design of two blocks of near copies; "best λ" knows the truth, as no user does."""
     A, y, truth = (torch.stack(parts) for parts in zip(*map(data.near_copies, range(seeds)), strict=True))
     problems = Problems.of(A, y)
@@ -222,7 +222,7 @@ def near_copies(seeds: int) -> list[Line]:
         solution = solve(problems, Penalised(weights, "numbers"), ones, tolerance=1e-9)
         lines += _near_copies_lines(name, solution.X, solution.gap, truth)
     for name, method in {"lasso": SINGLE["lasso"], "elastic net": SINGLE["elastic net"], "OSCAR": shape}.items():
-        fits = list(walk(problems, method, np.geomspace(0.9, 1e-3, 30), 1e-9))
+        fits = list(walk(problems, method, np.geomspace(0.9, 1e-3, strengths), 1e-9))
         errors = torch.stack([_distance(fit.X, truth) for fit in fits])
         best, seed = errors.argmin(dim=0), torch.arange(seeds)
         X, gap = (torch.stack([getattr(fit, part) for fit in fits])[best, seed] for part in ("X", "gap"))
