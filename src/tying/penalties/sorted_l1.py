@@ -30,6 +30,9 @@ _ALL = slice(None)
 _ZERO = {4: np.zeros((), np.float32), 8: np.zeros(())}
 """By item size: an array of no dimension costs a tenth of a microsecond, a Python number three."""
 
+_SHORT = 200
+"""Segments that are shorter, on the average, are averaged at once: so many calls would take longer."""
+
 _ALONE = 4096
 """A segment as long gains nothing from company."""
 
@@ -162,22 +165,43 @@ def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices) -> Vector:
     labels = np.repeat(np.arange(len(sizes) - 1, -1, -1, dtype=np.uint8), sizes)
     order = ascending_by_label(magnitudes, labels)
     ordered, thresholds, sizes = magnitudes[order], thresholds[::-1], sizes[::-1]
-    lasts = np.cumsum(sizes) - 1
-    units = np.maximum(ordered[lasts], thresholds[lasts])
-    units[units == 0.0] = 1.0
+    ends = np.cumsum(sizes)
     lowered = ordered - thresholds
-    apart = lowered / np.repeat(units, sizes)
-    apart += np.repeat(2.5 * (np.arange(len(sizes)) - len(sizes) / 2), sizes)
-    edges = pool(apart)
-    counts = edges[1:] - edges[:-1]
-    # What is averaged was decided with the steps in between; the averages are taken without.
-    fit = np.repeat(np.maximum(np.add.reduceat(lowered, edges[:-1]) / counts, 0.0), counts)
+    if len(lowered) < _SHORT * len(sizes):
+        fit = _averaged_at_once(lowered, np.maximum(ordered[ends - 1], thresholds[ends - 1]), sizes)
+    else:
+        fit = _averaged(lowered, ends)
+    np.maximum(fit, 0.0, out=fit)
     equal = ordered[1:] == ordered[:-1]
-    equal[lasts[:-1]] = False
+    equal[ends[:-1] - 1] = False
     _equalise(fit, equal)
     result = np.empty_like(fit)
     result[order] = fit
     return result
+
+
+def _averaged(lowered: Vector, ends: Indices) -> Vector:
+    """Return every segment made non-decreasing, by a regression for each."""
+    fit = lowered.copy()
+    start = 0
+    for end in ends.tolist():
+        edges = pool(fit[start:end])
+        if end - start - len(edges) + 2 > _LONG:
+            fit[start:end] = _averages(lowered[start:end], edges)
+        start = end
+    return fit
+
+
+def _averaged_at_once(lowered: Vector, units: Vector, sizes: Indices) -> Vector:
+    """Return every segment made non-decreasing, by one regression; no number of a segment exceeds its unit."""
+    apart = lowered / np.repeat(np.where(units > 0, units, 1.0), sizes)
+    apart += np.repeat(2.5 * (np.arange(len(sizes)) - len(sizes) / 2), sizes)
+    return _averages(lowered, pool(apart))  # what is averaged was decided with steps in between, the averages are not
+
+
+def _averages(values: Vector, edges: Indices) -> Vector:
+    counts = edges[1:] - edges[:-1]
+    return np.repeat(np.add.reduceat(values, edges[:-1]) / counts, counts)
 
 
 def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray[Any]:
