@@ -271,11 +271,15 @@ def summarise(lines: Sequence[Line]) -> list[Line]:
         for name in [name for name in own[0] if name not in labels]:
             known = [line[name] for line in own if line[name] is not None]
             if known and name.startswith("gap"):
-                found[name] = float(np.median(known) if name == "gap, median" else max(known))
+                found[name] = _rounded(np.median(known) if name == "gap, median" else max(known))
             elif known:
-                found[name] = [float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None]
+                found[name] = [_rounded(np.mean(known)), _rounded(np.std(known, ddof=1)) if len(known) > 1 else None]
         summary.append(found)
     return summary
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def show(lines: Sequence[Line], console: Console) -> None:
@@ -316,6 +320,8 @@ def main() -> None:
                 bar.update(task, advance=1, description=f"{words}, seed {seed}: {method}")
 
             lines += run(setting, seed, options.resamples, say)
+            if seed == options.seeds - 1:
+                console.print(f"done: {words}")
     summary = summarise(lines)
     show(summary, Console(file=sys.stdout, width=250, highlight=False))
     chosen = f"--seeds {options.seeds} --resamples {options.resamples} --copies {options.copies}"

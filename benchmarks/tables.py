@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.selection_tables import selection
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:", "<!-- end of results -->"
@@ -35,6 +37,7 @@ def updated(readme: str) -> str:
 def tables() -> Iterator[str]:
     yield from mnist(_read("mnist"))
     yield from max_drop(_read("max_drop"))
+    yield from selection(_read("selection"))
     yield from speed(_read("compact_speed"), _read("stage_one_cost"))
 
 
