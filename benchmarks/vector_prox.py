@@ -1,18 +1,20 @@
 """What the prox of one vector costs beside its peers, each called as its users do, from a float32 tensor to a tensor.
 
-python -m benchmarks.vector_prox [--sizes 100 1000 …] [--seconds 20] [--out benchmarks/results/vector_prox.json]
+python -m benchmarks.vector_prox [--sizes 100 1000 …] [--step 0.3] [--seconds 20] [--out vector_prox.json]
 
-One thread, in turn, medians and quartiles; every answer is compared with pooling in long double, or with skglm's in
-float64 from 20,000 numbers on, before it is timed. Short vectors are taken from a set of 100,000 numbers, one after the
-other: a processor learns the branches of a single one by heart. sortedl1 has no prox to call: its solution of least
-squares with the identity as design is one, and is timed up to n = 1000. torchsort comes as source: its isotonic
-regression is timed in the tensor's own float32. Peers that are not installed are named as missing.
+One thread, in turn, in an order that changes, medians and quartiles; every answer is compared with pooling in long
+double, or with skglm's in float64 from 20,000 numbers on, before it is timed. With step 0.3 six numbers of ten become
+zero, as when something is to be selected; with 0.03 one of forty. Short vectors are taken from a set of 100,000
+numbers, one after the other: a processor learns the branches of a single one by heart. sortedl1 has no prox to call:
+its solution of least squares with the identity as design is one, and is timed up to n = 1000. torchsort comes as
+source: its isotonic regression is timed in the tensor's own float32. Peers that are not installed are named as missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,11 +43,14 @@ WRONG = 1e-3
 Prox = Callable[[Tensor, NDArray[np.float64], float], Tensor]
 
 
-def measure(sizes: Iterable[int] = SIZES, *, seconds: float = 20.0, least_rounds: int = 5) -> dict[str, Any]:
+def measure(
+    sizes: Iterable[int] = SIZES, *, step: float = STEP, seconds: float = 20.0, least_rounds: int = 5
+) -> dict[str, Any]:
     """Time every prox at every size.
 
     Args:
         sizes: How many numbers a vector has.
+        step: What the weights, `Ramp(3.0)`, are multiplied by.
         seconds: About how long to measure at each size.
         least_rounds: So often everybody has a turn, even if that takes longer.
 
@@ -56,28 +61,28 @@ def measure(sizes: Iterable[int] = SIZES, *, seconds: float = 20.0, least_rounds
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = {str(n): _at(n, seconds, least_rounds) for n in sizes}
+        found = {str(n): _at(n, step, seconds, least_rounds) for n in sizes}
     finally:
         torch.set_num_threads(before)
     packages = {"skglm": "skglm", "scikit-learn": "scikit-learn", "sortedl1": "sortedl1", "torchsort": "torchsort"}
     return {
-        "input": f"torch.randn(n), float32; weights {SEQUENCE}; step {STEP}",
+        "input": f"torch.randn(n), float32; weights {SEQUENCE}; step {step}",
         "threads": 1,
         "peers": {name: _version(package) for name, package in packages.items()},
         "sizes": found,
     }
 
 
-def _at(n: int, seconds: float, least_rounds: int) -> dict[str, Any]:
+def _at(n: int, step: float, seconds: float, least_rounds: int) -> dict[str, Any]:
     vectors = list(torch.randn(max(1, SET // n), n, generator=torch.Generator().manual_seed(n)))
     weights = np.ascontiguousarray(SEQUENCE(n))
     calls, errors = {}, {}
-    answer = _reference(vectors[0].numpy().astype(np.float64), STEP * weights)
+    answer = _reference(vectors[0].numpy().astype(np.float64), step * weights)
     for name, prox in _contestants(n).items():
-        found = prox(vectors[0], weights, STEP)
+        found = prox(vectors[0], weights, step)
         errors[name] = float(np.abs(found.double().numpy() - answer).max() / float(vectors[0].abs().max()))
         if errors[name] <= WRONG:
-            calls[name] = partial(_run, prox, cycle(vectors), weights)
+            calls[name] = partial(_run, prox, cycle(vectors), weights, step)
     turns = _take_turns(calls, seconds, least_rounds)
     fastest = min((name for name in turns if name not in OURS), key=lambda name: statistics.median(turns[name]))
     return {
@@ -90,12 +95,12 @@ def _at(n: int, seconds: float, least_rounds: int) -> dict[str, Any]:
     }
 
 
-def _run(prox: Prox, vectors: Iterator[Tensor], weights: NDArray[np.float64], often: int) -> float:
+def _run(prox: Prox, vectors: Iterator[Tensor], weights: NDArray[np.float64], step: float, often: int) -> float:
     """Return the seconds per call of so many calls."""
     some = list(islice(vectors, often))
     start = time.perf_counter()
     for v in some:
-        prox(v, weights, STEP)
+        prox(v, weights, step)
     return (time.perf_counter() - start) / often
 
 
@@ -158,16 +163,14 @@ def _sortedl1() -> Prox:
     return prox
 
 
-def _take_turns(
-    calls: Mapping[str, Callable[[int], float]], seconds: float, least_rounds: int
-) -> dict[str, list[float]]:
+def _take_turns(calls: Mapping[str, Callable[[int], float]], seconds: float, least: int) -> dict[str, list[float]]:
     """Return the seconds per call of every turn; a turn is about 5 ms of calls, and at least one."""
     often = {name: max(1, min(500, int(0.005 / min(call(1), call(1))))) for name, call in calls.items()}
     turns: dict[str, list[float]] = {name: [] for name in calls}
-    begun = time.perf_counter()
+    begun, order = time.perf_counter(), random.Random(0)
     while len(next(iter(turns.values()))) < least or time.perf_counter() - begun < seconds:
-        for name, call in calls.items():
-            turns[name].append(call(often[name]))
+        for name in order.sample(list(calls), len(calls)):  # who comes next finds the memory that the last one left
+            turns[name].append(calls[name](often[name]))
     return turns
 
 
@@ -205,17 +208,22 @@ def _version(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--step", type=float, default=STEP)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--out")
     options = parser.parse_args()
-    results = measure(options.sizes, seconds=options.seconds)
+    results = measure(options.sizes, step=options.step, seconds=options.seconds)
     print(results["peers"])
     for n, found in results["sizes"].items():
         times = {name: f"{1e6 * spread['median']:.1f} µs" for name, spread in found["seconds"].items()}
         ratios = {name: round(spread["median"], 2) for name, spread in found["ratio"].items()}
         print(f"n = {n}: {ratios} × {found['fastest_peer']}; {times}; errors {found['error']}")
     if options.out:
-        record(options.out, f"python -m benchmarks.vector_prox --seconds {options.seconds:g}", results)
+        record(
+            options.out,
+            f"python -m benchmarks.vector_prox --step {options.step:g} --seconds {options.seconds:g}",
+            results,
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ class Oscar:
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
-        return self.base + self.slope * _down_to_zero(n)
+        values = _down_to_zero(n)
+        values *= self.slope
+        values += self.base
+        return values
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,11 @@ class Ramp:
 
     def __call__(self, n: int) -> Weights:
         """Return the `(n,)` float64 weights."""
-        return 1.0 + self.ratio * (_down_to_zero(n) / max(n - 1, 1))
+        values = _down_to_zero(n)
+        values /= max(n - 1, 1)
+        values *= self.ratio
+        values += 1.0
+        return values
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ _LONG = 1024
 """The mean of a longer block is taken anew: added up one by one, so many numbers are off by 512 eps at worst."""
 
 _PART = 1 << 13
-_ALL = slice(None)
 
 _ZERO = {4: np.zeros((), np.float32), 8: np.zeros(())}
 """By item size: an array of no dimension costs a tenth of a microsecond, a Python number three."""
@@ -216,14 +215,16 @@ def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray
     order, ordered = ascending(values)
     if not ordered[-1] < np.inf:  # NaN would be last, too
         raise FloatingPointError
-    equal = np.equal(ordered[1:], ordered[:-1], out=borrow("equal", count - 1, np.bool_))
+    small = count <= _PART
+    equal = np.equal(ordered[1:], ordered[:-1], out=None if small else borrow("equal", count - 1, np.bool_))
     limits = weights[::-1]
     positive = _lower_(ordered, limits, step)
     result = np.zeros(count, values.dtype)
     if positive == count:
         return result
-    # What comes before the first number above its threshold becomes zero and is pooled with nothing that does not.
-    order, fit, limits, equal = order[positive:], ordered[positive:], limits[positive:], equal[positive:]
+    fit = ordered
+    if positive:  # what comes before becomes zero, and is pooled with nothing that does not
+        order, fit, limits, equal = order[positive:], fit[positive:], limits[positive:], equal[positive:]
     edges = pool(fit)
     if len(fit) - len(edges) + 2 > _LONG:
         _refine(fit, edges, values, order, limits, step)
@@ -231,22 +232,36 @@ def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray
         np.maximum(fit, _ZERO[8], out=fit)
     if np.count_nonzero(equal):
         _equalise(fit, equal)
-    for part in _parts(len(fit)):
-        result[order[part]] = fit[part].astype(values.dtype)  # narrowed in order: cheaper than in places
+    if small:
+        result[order] = fit.astype(values.dtype)  # narrowed in order: cheaper than in places
+    else:
+        for part in _parts(len(fit)):
+            result[order[part]] = fit[part].astype(values.dtype)
     return result
 
 
 def _lower_(ordered: Vector, limits: Vector, step: float) -> int:
-    """Take step · limits from magnitudes in place; return the place of the first that is still positive, or n."""
-    positive = len(ordered)
-    for part in _parts(len(ordered)):
-        lowered = ordered[part]
-        lowered -= step * limits[part]
-        if positive == len(ordered):
-            first = int((lowered > 0.0).argmax())
-            if lowered[first] > 0.0:
-                positive = (part.start or 0) + first
-    return positive
+    """Take step · limits from magnitudes in place; return up to where none stays positive, or 0 if that is not far."""
+    count = len(ordered)
+    if count <= _PART:
+        ordered -= step * limits
+    else:
+        for part in _parts(count):
+            lowered = ordered[part]
+            lowered -= step * limits[part]
+    if ordered[count >> 3] > 0.0:
+        return 0
+    for part in _parts(count):
+        positive = ordered[part] > _ZERO[8]
+        first = int(positive.argmax())
+        if positive[first]:
+            return part.start + first
+    return count
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Cut n numbers into parts that stay in cache, and whose copies cost no new pages."""
+    return (slice(at, at + _PART) for at in range(0, count, _PART))
 
 
 def _few(values: NDArray[Any], weights: Vector, step: float) -> NDArray[Any]:
@@ -266,11 +281,6 @@ def _few(values: NDArray[Any], weights: Vector, step: float) -> NDArray[Any]:
     result = np.empty(len(values), values.dtype)
     result[order] = fit.astype(values.dtype)
     return result
-
-
-def _parts(count: int) -> Iterator[slice]:
-    """Cut n numbers into parts that stay in cache, and whose copies cost no new pages."""
-    return (slice(at, at + _PART) for at in range(0, count, _PART)) if count > _PART else iter((_ALL,))
 
 
 def _shrunk_by(threshold: float, values: NDArray[Any]) -> NDArray[Any]:
