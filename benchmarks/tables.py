@@ -39,6 +39,7 @@ def tables() -> Iterator[str]:
     yield from max_drop(_read("max_drop"))
     yield from selection(_read("selection"))
     yield from speed(_read("compact_speed"), _read("stage_one_cost"))
+    yield from prox(_read("prox"))
 
 
 def mnist(results: dict[str, Any]) -> Iterator[str]:
@@ -93,6 +94,37 @@ def speed(compacted: dict[str, Any], stage_one: dict[str, Any]) -> Iterator[str]
         )
     once, always = (stage_one["ratio"][each]["median"] for each in ("per epoch", "per step"))
     yield f"- One epoch of stage one, with a prox at its end: {once:.3f}× one without; after each step: {always:.2f}×."
+
+
+def prox(results: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    yield (
+        "A step of GrOWL over all layers, one thread, ÷ a plain group-lasso loop (`vector_norm`, `mul_`) over "
+        "the same groups, median and quartiles; extra memory is what preparing and taking a step holds, ÷ the weights:"
+    )
+    yield ""
+    yield "| network | over outputs | over inputs | extra memory |"
+    yield "|---|---|---|---|"
+    cases = {(case["network"], case["groups"]): case for case in results["layers"]}
+    for network in dict.fromkeys(name for name, _ in cases):
+        ratios = [_ratio(cases[network, kind]["ratio"]) for kind in ("outputs", "inputs")]
+        memory = max(cases[network, kind]["extra_memory"] for kind in ("outputs", "inputs"))
+        yield f"| {network} | {' | '.join(ratios)} | {memory:.1%} |"
+    yield ""
+    for case in results["training"]:
+        yield f"- {case['network']}: a training step with a prox after it takes {_ratio(case['ratio'])} × one without."
+    yield ""
+    yield "`prox_owl` of a float32 vector ÷ the time of the fastest peer, from tensor to tensor:"
+    yield ""
+    sizes = results["vector"]["sizes"]
+    yield "| n | " + " | ".join(f"{int(size):,}" for size in sizes) + " |"
+    yield "|---|" + "---|" * len(sizes)
+    yield "| ratio | " + " | ".join(f"{case['ratio']['tying']['median']:.2f}" for case in sizes.values()) + " |"
+    yield "| peer | " + " | ".join(case["fastest_peer"] for case in sizes.values()) + " |"
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['quartile_1']:.2f}–{spread['quartile_3']:.2f})"
 
 
 def _accuracy(line: dict[str, Any]) -> str:
