@@ -13,7 +13,7 @@ from sortedl1 import Slope
 from tying.errors import PenaltyError
 from tying.penalties import isotonic, order, segmented, sorted_l1
 from tying.penalties.isotonic import by_public_name, pool
-from tying.penalties.order import ascending, ascending_by_label
+from tying.penalties.order import ascending, ascending_in_segments
 from tying.penalties.prox import prox_growl, prox_owl
 from tying.penalties.segmented import shrink_segmented
 from tying.penalties.sequences import Constant, Oscar, Pld, Ramp, Spike
@@ -335,16 +335,18 @@ def test_the_order_is_that_of_all_bits(n, dtype):
         assert not ascending(values)[1][-1] < np.inf
 
 
-@pytest.mark.parametrize("n", [3, 1000, 30_000])
-def test_the_order_by_label_is_lexicographic(n):
+@pytest.mark.parametrize("sizes", [[1], [2, 1], [1, 1, 1], [30] * 64, [1000, 1, 3000, 7], [40_000, 2]])
+def test_the_order_in_segments_is_lexicographic(sizes):
+    n = sum(sizes)
     rng = np.random.default_rng(n)
-    labels = rng.integers(0, 64, n).astype(np.uint8)
+    segment = np.repeat(np.arange(len(sizes)), sizes)
     for values in (np.abs(rng.standard_normal(n)), 1 + rng.integers(0, 9, n) * 2.0**-52, np.zeros(n)):
-        ranked = ascending_by_label(values, labels)
+        ranked, ordered = ascending_in_segments(values, np.array(sizes))
         np.testing.assert_array_equal(np.sort(ranked), np.arange(n))
-        expected = np.lexsort((values, labels))
-        np.testing.assert_array_equal(values[ranked], values[expected])
-        np.testing.assert_array_equal(labels[ranked], labels[expected])
+        expected = np.lexsort((values, -segment))
+        np.testing.assert_array_equal(ordered, values[expected])
+        np.testing.assert_array_equal(values[ranked], ordered)
+        np.testing.assert_array_equal(segment[ranked], segment[expected])
 
 
 @pytest.mark.parametrize("n", [1, 2, 50, 1024, 1025, 5000])

@@ -49,32 +49,37 @@ def ascending(values: NDArray[Any]) -> tuple[Indices, NDArray[np.float64]]:
     return _ascending_single(values) if values.itemsize == 4 else _ascending_double(values)
 
 
-def ascending_by_label(magnitudes: NDArray[np.float64], labels: NDArray[np.uint8]) -> Indices:
-    """Return the order by labels first, by magnitudes where labels are equal; borrowed, as of `ascending`.
+def ascending_in_segments(magnitudes: NDArray[np.float64], sizes: Indices) -> tuple[Indices, NDArray[np.float64]]:
+    """Return the order of magnitudes within consecutive segments, the last segment first, and them in that order.
+
+    The order is borrowed, as that of `ascending`.
 
     Args:
-        magnitudes: `(n,)` float64, ≥ 0, C-contiguous.
-        labels: `(n,)`, below 64.
+        magnitudes: `(n,)` float64, ≥ 0, finite, C-contiguous.
+        sizes: Of the segments, up to 64 of them, each ≥ 1.
 
     Example:
-        >>> ascending_by_label(np.array([4.0, 1.0, 3.5]), np.array([1, 1, 0], dtype=np.uint8))
-        array([2, 1, 0])
+        >>> ascending_in_segments(np.array([4.0, 1.0, 3.5]), np.array([2, 1]))
+        (array([2, 1, 0]), array([3.5, 1. , 4. ]))
     """
+    labels = np.arange(len(sizes) - 1, -1, -1, dtype=np.uint64)
     if len(magnitudes) < FEW or _is_unusual(magnitudes):
-        return np.lexsort((magnitudes, labels))
+        order = np.lexsort((magnitudes, np.repeat(labels, sizes)))
+        return order, magnitudes[order]
+    labels <<= np.uint64(58)
     room = _room(magnitudes)
     keys = borrow("keys", len(magnitudes), np.uint64)
-    bits = borrow("ordered", len(magnitudes), np.float64).view(np.uint64)
-    np.right_shift(magnitudes.view(np.uint64), np.uint64(5), out=bits)
-    bits &= np.uint64(0xFFFFFFFFFFFFFFFF & ~room)
-    keys[:] = labels
-    keys <<= np.uint64(58)
-    keys |= bits
+    np.right_shift(magnitudes.view(np.uint64), np.uint64(5), out=keys)
+    keys &= np.uint64(0xFFFFFFFFFFFFFFFF & ~room)
+    keys |= np.repeat(labels, sizes)
     order = _sorted_places(keys, room)
-    ordered, labelled = magnitudes[order], labels[order]
-    if ((ordered[1:] < ordered[:-1]) & (labelled[1:] == labelled[:-1])).any():
-        return np.lexsort((magnitudes, labels))
-    return order
+    ordered = magnitudes[order]
+    falls = ordered[1:] < ordered[:-1]
+    falls[np.cumsum(sizes[:0:-1]) - 1] = False  # from one segment to the next
+    if np.count_nonzero(falls):
+        order = np.lexsort((magnitudes, np.repeat(labels, sizes)))
+        return order, magnitudes[order]
+    return order, ordered
 
 
 def _ascending_single(values: NDArray[np.float32]) -> tuple[Indices, NDArray[np.float64]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tying.penalties.isotonic import Indices, Vector, pool
-from tying.penalties.order import FEW, ascending, ascending_by_label
+from tying.penalties.order import FEW, ascending, ascending_in_segments
 from tying.penalties.workspace import borrow
 
 _TOGETHER = 64
@@ -161,9 +161,8 @@ def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices) -> Vector:
     if len(sizes) == 1:
         return _shrunk(magnitudes, thresholds)
     # The last segment first: the thresholds, largest first in each, then only need to be read backwards.
-    labels = np.repeat(np.arange(len(sizes) - 1, -1, -1, dtype=np.uint8), sizes)
-    order = ascending_by_label(magnitudes, labels)
-    ordered, thresholds, sizes = magnitudes[order], thresholds[::-1], sizes[::-1]
+    order, ordered = ascending_in_segments(magnitudes, sizes)
+    thresholds, sizes = thresholds[::-1], sizes[::-1]
     ends = np.cumsum(sizes)
     lowered = ordered - thresholds
     if len(lowered) < _SHORT * len(sizes):
