@@ -30,6 +30,8 @@ from tying.train.sweep import Sweep
 
 OUT = Path(__file__).parent / "results" / "prox.json"
 STEP = 1e-4
+STEPS_OF_VECTORS = (0.3, 0.03)
+"""Of 60 % and of 3 % zeros."""
 NETWORKS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
     "ResNet-50": networks.resnet50,
     "ViT-S": networks.vit_small,
@@ -151,7 +153,7 @@ def main() -> None:
     if "training" in wanted:
         results["training"] = [training(name) for name in track(TRAINED, description="training steps")]
     if "vector" in wanted:
-        results["vector"] = vector_prox.measure()
+        results["vector"] = [vector_prox.measure(step=each, seconds=12) for each in STEPS_OF_VECTORS]
     record(options.out, "make bench-prox", results)
     show(results)
 
@@ -162,6 +164,10 @@ def show(results: dict[str, Any]) -> None:
             f"{case['network']}, {case['groups']}: {case['ratio']['median']:.2f} × the plain loop, "
             f"{case['ratio_to_memory_traffic']['median']:.2f} × memory traffic, extra memory {case['extra_memory']:.2%}"
         )
+    for steps in results.get("vector", []):
+        for n, case in steps["sizes"].items():
+            ratio = case["ratio"]["tying"]["median"]
+            print(f"n = {n}, {case['zeros']:.0%} zeros: {ratio:.2f} × {case['fastest_peer']}")
     for case in results.get("training", []):
         print(f"{case['network']}: a step takes {case['ratio']['median']:.3f} × one without")
 

@@ -116,11 +116,13 @@ def prox(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "`prox_owl` of a float32 vector ÷ the time of the fastest peer, from tensor to tensor:"
     yield ""
-    sizes = results["vector"]["sizes"]
+    sizes = list(results["vector"][0]["sizes"])
     yield "| n | " + " | ".join(f"{int(size):,}" for size in sizes) + " |"
     yield "|---|" + "---|" * len(sizes)
-    yield "| ratio | " + " | ".join(f"{case['ratio']['tying']['median']:.2f}" for case in sizes.values()) + " |"
-    yield "| peer | " + " | ".join(case["fastest_peer"] for case in sizes.values()) + " |"
+    for vector in results["vector"]:
+        cases = [vector["sizes"][size] for size in sizes]
+        cells = [f"{case['ratio']['tying']['median']:.2f} ({case['fastest_peer']})" for case in cases]
+        yield f"| {cases[-1]['zeros']:.0%} become zero | " + " | ".join(cells) + " |"
 
 
 def _ratio(spread: dict[str, float]) -> str:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import tying
 from benchmarks.record import record
+from benchmarks.timing import spread, versus
 from tying.penalties import Ramp
 
 SIZES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
@@ -88,10 +89,10 @@ def _at(n: int, step: float, seconds: float, least_rounds: int) -> dict[str, Any
     return {
         "rounds": len(turns[fastest]),
         "zeros": float((answer == 0).mean()),
-        "seconds": {name: _spread(taken) for name, taken in turns.items()},
+        "seconds": {name: spread(np.array(taken)) for name, taken in turns.items()},
         "error": errors,
         "fastest_peer": fastest,
-        "ratio": {name: _spread([a / b for a, b in zip(turns[name], turns[fastest], strict=True)]) for name in OURS},
+        "ratio": {name: versus(np.array(turns[name]), np.array(turns[fastest])) for name in OURS},
     }
 
 
@@ -194,10 +195,6 @@ def _reference(v: NDArray[np.float64], thresholds: NDArray[np.float64]) -> NDArr
     return np.copysign(x, v)
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "quartiles": statistics.quantiles(values, n=4)[::2]}
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -215,8 +212,8 @@ def main() -> None:
     results = measure(options.sizes, step=options.step, seconds=options.seconds)
     print(results["peers"])
     for n, found in results["sizes"].items():
-        times = {name: f"{1e6 * spread['median']:.1f} µs" for name, spread in found["seconds"].items()}
-        ratios = {name: round(spread["median"], 2) for name, spread in found["ratio"].items()}
+        times = {name: f"{1e6 * taken['median']:.1f} µs" for name, taken in found["seconds"].items()}
+        ratios = {name: round(taken["median"], 2) for name, taken in found["ratio"].items()}
         print(f"n = {n}: {ratios} × {found['fastest_peer']}; {times}; errors {found['error']}")
     if options.out:
         record(
