@@ -63,12 +63,13 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     law_runs(example.read_text(encoding="utf-8"), tmp_path)
 
 
-def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
-    (loop,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    loop, channels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     back = 'print(torch.equal(tying.load("small.safetensors", build_model())(x), small(x)))'
-    said = law_runs("\n".join([AROUND_THE_LOOP, loop, back]), tmp_path)
+    smaller = "print(small.fc1.out_features < model.fc1.out_features)"
+    said = law_runs("\n".join([AROUND_THE_LOOP, loop, back, channels, smaller]), tmp_path)
     assert "unique non-zero values" in said
-    assert said.endswith("True\n")
+    assert said.endswith("True\nTrue\n")
 
 
 @pytest.mark.parametrize("broken", ["1 / 0", "import warnings; warnings.warn('old'); print('new')", "quiet = True"])

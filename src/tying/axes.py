@@ -60,7 +60,7 @@ def squares(view: Tensor, *, precise: bool = False) -> Tensor:
     Args:
         view: As `in_memory_order` gives it, any real floating dtype, any device.
         precise: Whether squares are formed in float64, slowly. Without, those of float32 and of 16-bit numbers are
-            formed in float32: 1e-19 and less count as 0, 1e19 and more overflow.
+            formed in float32: 1e-19 and less count as 0, 1e19 and more overflow. So do 1e-154 and 1e154 in float64.
 
     Returns:
         `(n,)` float64 on the same device; the square roots are within 1e-7 of exact ones (float64: 1e-14).
@@ -145,6 +145,14 @@ def broadcast(tensor: Tensor, kept: tuple[int, ...], factors: Tensor) -> tuple[T
     """Return views of any tensor and of its `(n,)` factors, n along the kept axes, that multiply."""
     moved = tensor.movedim(kept, tuple(range(len(kept))))
     return moved, factors.view(*moved.shape[: len(kept)], *[1] * (moved.dim() - len(kept)))
+
+
+def multiply_(views: list[Tensor], factors: list[Tensor], *, some_are_zero: bool) -> None:
+    """Multiply views by what `scaled` and `broadcast` gave for them, in place; zeros come out as 0.0, never as −0.0."""
+    if views:
+        torch._foreach_mul_(views, factors)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if some_are_zero:
+            torch._foreach_add_(views, 0.0)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 def _in_blocks(matrix: Numbers) -> tuple[list[Numbers], Numbers]:

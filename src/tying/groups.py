@@ -5,6 +5,7 @@ Everything else in the package (penalties, clusters, plans) works on that matrix
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -128,7 +129,18 @@ class Groups:
         return matrix.reshape(shape)
 
     def norms(self, tensor: Tensor) -> Tensor:
-        """Return the l2 norm of every group, `(G,)` float64: see `group_norms`."""
+        """Return the l2 norm of every group, `(G,)` float64 on the tensor's device, not differentiable.
+
+        As `group_norms` of what `read` gives, without a copy.
+
+        Raises:
+            PlanError: If a tensor of this shape has no such groups.
+
+        Example:
+            >>> import torch
+            >>> Groups.inputs().norms(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+            tensor([5., 2.], dtype=torch.float64)
+        """
         self.shape(tensor.shape)
         return torch.sqrt(squares_anywhere(tensor, self.axes(tensor.dim())))
 
@@ -138,11 +150,26 @@ class Groups:
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter that takes part in joined groups: position i of `axis` belongs to group `labels[i]`, −1 to none."""
+    """A parameter that takes part in joined groups: position i of `axis` belongs to group `labels[i]`, −1 to none.
+
+    Raises:
+        PlanError: If one of the three is not what it should be.
+    """
 
     parameter: str
     axis: int
     labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        labels = tuple(self.labels) if isinstance(self.labels, Iterable) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
+        numbers = cast("tuple[object, ...]", (*labels, self.axis))
+        whole = all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in numbers)
+        if not (isinstance(self.parameter, str) and labels and whole):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(
+                f"Part: expected a parameter's name, an axis and whole numbers as labels, got {self.parameter!r}, "
+                f'{self.axis!r} and {self.labels!r:.80}; write Part("fc.weight", 1, (0, 1, 2))'
+            )
+        object.__setattr__(self, "labels", tuple(map(int, labels)))
 
 
 @dataclass(frozen=True)
@@ -153,8 +180,11 @@ class Joined:
     read, each layer by itself may prune its share and the channel still can't go; joined, it vanishes as one.
 
     Attributes:
-        parts: At least one; one parameter may take part several times, along different axes or positions.
+        parts: At least one; one parameter may take part several times, at different positions.
         count: G, the number of groups.
+
+    Raises:
+        PlanError: If a group is in no part, or a label is none of 0 … G − 1 and −1.
 
     Example:
         >>> Joined((Part("left.weight", 1, (0, 1, 2)), Part("right.weight", 1, (0, 1, 2))), 3).count
@@ -163,6 +193,18 @@ class Joined:
 
     parts: tuple[Part, ...]
     count: int
+
+    def __post_init__(self) -> None:
+        parts = tuple(self.parts) if isinstance(self.parts, Iterable) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not parts or not all(isinstance(part, Part) for part in parts):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"Joined.parts: expected at least one Part, got {self.parts!r:.80}; list them")
+        object.__setattr__(self, "parts", parts)
+        labels = {label for part in parts for label in part.labels}
+        if not labels >= set(range(self.count)) or not labels <= set(range(-1, self.count)):
+            raise PlanError(
+                f"{self}: expected labels from −1 to {self.count - 1}, each group in some part, got "
+                f"{sorted(labels)[:10]}; number the groups from 0 without gaps"
+            )
 
     def __str__(self) -> str:
         return " + ".join(f"{part.parameter}[axis {part.axis}]" for part in self.parts)

@@ -56,6 +56,17 @@ class OnNorms(Penalty, Protocol):
         ...
 
 
+def acts_on_norms(penalty: Penalty) -> bool:
+    """Whether a penalty's thresholds say all about its prox: a subclass may have a prox of its own."""
+    if not isinstance(penalty, OnNorms):
+        return False
+    classes = type(penalty).__mro__
+    own = {
+        name: next((i for i, each in enumerate(classes) if name in vars(each)), -1) for name in ("prox", "thresholds")
+    }
+    return own["prox"] >= own["thresholds"]
+
+
 @dataclass(frozen=True)
 class _Strength:
     strength: float

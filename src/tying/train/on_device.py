@@ -1,24 +1,24 @@
 """Penalties on norms, solved on the accelerator where the weights are: nothing waits for the host.
 
-What is wrong can't be told at once then. Where a norm is not finite, all factors are 1 and a mark is set; the next step
-reads the mark, which is there by then, and raises.
+What is wrong can't be told at once then. Where a norm is not finite, all factors are 1; which targets that were is on
+its way to the host, and is read, and told, at the next prox.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tying.axes import squares_anywhere
 from tying.errors import PenaltyError
 from tying.penalties.norms import OnNorms
 from tying.penalties.segmented import shrink_segmented
 from tying.train.rules import Target
 from tying.train.scattered import Weights
-from tying.train.shrink import Steps, check
 
 
 class OnDevice:
@@ -28,70 +28,100 @@ class OnDevice:
         self._targets = targets
         self._weights = Weights([place for target in targets for place in target.places])
         self._thresholds = {target.key: _thresholds(target) for target in targets}
-        self._positions = {target.key: _positions(target) for target in targets}
-        self._solved: list[Target] = []
+        self._joins = {target.key: _Join(target) for target in targets if target.places[0].labels is not None}
+        self._solved: dict[Target, float] = {}
         self._factors = torch.empty(0)
-        self._bad: Tensor | None = None
+        self._bad: _OnItsWay | None = None
 
-    def solve(self, steps: Steps) -> None:
+    def solve(self, steps: dict[str, float]) -> None:
         """Find what every group is multiplied by.
 
         Raises:
-            PenaltyError: Names the parameter that had NaN or infinity in it at the last step.
+            PenaltyError: Names the parameter that had NaN or infinity in it at the last prox: see `settle`.
         """
-        self.settle()
-        self._solved = [target for target in self._targets if steps[target.key] > 0]
+        self.settle(steps)
+        self._solved = {target: steps[target.key] for target in self._targets if steps[target.key] > 0}
         if not self._solved:
             return
         norms = torch.cat([self._squares(target) for target in self._solved]).sqrt()
-        thresholds = torch.cat([self._thresholds[target.key] * steps[target.key] for target in self._solved])
-        self._bad = ~norms.isfinite().all()
-        safe = torch.where(self._bad, 0.0, norms)
-        shrunk = shrink_segmented(safe, thresholds, [target.count for target in self._solved])
-        ratio = torch.where(shrunk > 0, shrunk / safe, 0.0)
-        self._factors = torch.where(self._bad, 1.0, ratio)
+        thresholds = torch.cat([self._thresholds[target.key] * step for target, step in self._solved.items()])
+        wrong = (~norms.isfinite()).cumsum(0)
+        counts = tuple(target.count for target in self._solved)
+        self._bad = _OnItsWay(torch.diff(wrong[_lasts(counts, norms.device)], prepend=wrong.new_zeros(1)) > 0)
+        safe = torch.where(wrong[-1] > 0, 0.0, norms)
+        shrunk = shrink_segmented(safe, thresholds, counts)
+        ratios = torch.where(shrunk > 0, shrunk / safe, 0.0)
+        self._factors = torch.where(wrong[-1] > 0, 1.0, ratios)
 
-    def write_(self) -> dict[str, Tensor]:
-        """Multiply the weights; return which groups are zero, by the key of their target."""
-        if not self._solved:
-            return {}
-        self._weights.multiply_(self._solved, self._factors)
-        zero = (self._factors == 0).split([target.count for target in self._solved])
-        return {target.key: part for target, part in zip(self._solved, zero, strict=True)}
+    def write_(self) -> list[str]:
+        """Multiply the weights; return the keys of the targets whose step is taken."""
+        if self._solved:
+            self._weights.multiply_([*self._solved], self._factors)
+        return [target.key for target in self._solved]
 
-    def settle(self) -> None:
-        """Raise `PenaltyError` if a parameter had NaN or infinity in it at the last step; waits for that step."""
-        if self._bad is None or not bool(self._bad):
+    def settle(self, steps: dict[str, float]) -> None:
+        """Take notice of how the last prox went, which waits for it.
+
+        Raises:
+            PenaltyError: Names a parameter that had NaN or infinity in it then. Its step, and those of all others on
+                this device, were left out, and are added to `steps` again.
+        """
+        bad, self._bad = self._bad.read() if self._bad is not None else [], None
+        if not any(bad):
             return
-        self._bad = None
-        for target in self._solved:
-            sums = [squares_anywhere(place.parameter, place.axes).cpu().numpy() for place in target.places]
-            check(target.places, sums)
+        for target, step in self._solved.items():
+            steps[target.key] += step
+        first = [*self._solved][bad.index(True)]
         raise PenaltyError(
-            f"{self._solved[0].name}: expected finite weights at the last step, got NaN or infinity in some that are "
-            "finite again; the penalties left that step out: call prox_() for it"
+            f"{first.key}: expected finite weights at the last prox, got NaN or infinity, and "
+            "left it out; training has diverged: lower the learning rate, or start again from a checkpoint"
         )
 
     def _squares(self, target: Target) -> Tensor:
         """Return the squared norms of a target's groups, formed in float64: to look whether to would be to wait."""
         sums = [self._weights.squares(place, precise=True) for place in target.places]
-        positions = self._positions[target.key]
-        if positions is None:
-            return sums[0]
-        # Gathered and then summed: to scatter sums onto groups gives other bits at every run.
-        return torch.cat([*sums, sums[0].new_zeros(1)])[positions].sum(dim=1)
+        return self._joins[target.key](torch.cat(sums)) if target.key in self._joins else sums[0]
+
+
+class _Join:
+    """Sums at positions, summed by group: sorted first, for to scatter sums onto groups gives other bits every time."""
+
+    def __init__(self, target: Target) -> None:
+        device = target.places[0].parameter.device
+        labels = np.concatenate([cast("np.ndarray", place.labels) for place in target.places])
+        order = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+        self._order = torch.from_numpy(order).to(device)
+        self._lengths = torch.from_numpy(np.bincount(labels[order], minlength=target.count)).to(device)
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        return torch.segment_reduce(sums[self._order], "sum", lengths=self._lengths, unsafe=True)
+
+
+class _OnItsWay:
+    """A few numbers of a device, copied to the host behind all that is queued there."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.Event | None = None
+        self._values = values
+        if values.device.type != "cpu":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.Event(values.device)
+            self._arrived.record()
+
+    def read(self) -> list[bool]:
+        """Return them, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+@lru_cache(maxsize=16)
+def _lasts(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the index of the last group of every target: sent once."""
+    return torch.from_numpy(np.cumsum(counts) - 1).to(device)
 
 
 def _thresholds(target: Target) -> Tensor:
     values = cast(OnNorms, target.penalty).thresholds(target.count, 1.0)
     return torch.from_numpy(values).to(target.places[0].parameter.device)
-
-
-def _positions(target: Target) -> Tensor | None:
-    """Return the positions of every group, `(G, most)`, all places counted through; padded with the number of all."""
-    if target.places[0].labels is None:
-        return None
-    labels = torch.cat([torch.as_tensor(place.labels) for place in target.places])
-    members = [(labels == group).nonzero()[:, 0] for group in range(target.count)]
-    padded = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=len(labels))
-    return padded.to(target.places[0].parameter.device)

@@ -42,7 +42,8 @@ class OnNumbers:
         found: dict[Place, Tensor] = {}
         for target, matrix in self._solved:
             parameter = local(target.places[0].parameter)
-            parameter.copy_(cast(Groups, target.groups).write(matrix, parameter.shape))
+            if target.places[0].parameter.requires_grad:
+                parameter.copy_(cast(Groups, target.groups).write(matrix, parameter.shape))
             found[target.places[0]] = matrix.any(dim=1).cpu()
         here = [found[place].double().numpy() if place in found else None for place in self._sharded]
         counts = self._message(here)

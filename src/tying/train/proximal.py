@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from tying.errors import PenaltyError, TyingWarning
 from tying.penalties.sequences import check_not_negative
-from tying.train.rules import Place, Rules, Target, resolve
+from tying.train.rules import Rules, Target, resolve
 from tying.train.sweep import Sweep
 
 Every = Literal["step", "epoch"]
@@ -40,7 +40,8 @@ def proximal(
     The step size t of a parameter is the learning rate of its param group, summed over the optimizer's steps since the
     last prox: schedules and warm-up need nothing more. What does not count as a step of a parameter: one that
     `torch.amp.GradScaler` skips, and one at which the parameter is frozen or has no gradient (weight decay leaves it
-    alone then, too). The optimizer's state is not touched.
+    alone then, too). A parameter that is frozen at a prox is not changed; where its groups are joined with others, it
+    counts in their norms. The optimizer's state is not touched.
 
     Applied once per epoch the result is as good as after every step, and free. Use SGD with momentum: steps scaled
     per number, as Adam's, spoil ties, and a warning says so. A copy of the optimizer has no penalties, as PyTorch
@@ -54,8 +55,10 @@ def proximal(
     Args:
         optimizer: The one that steps the parameters.
         model: Whose parameter names the rules use.
-        rules: `{name: penalty}` or `{(name, Groups): penalty}`. Names may be patterns (`"features.*.weight"`, as in
-            `fnmatch`). Without `Groups`, `Groups.inputs()`. Several `Groups` of one parameter apply in order.
+        rules: `{name: penalty}`, `{(name, Groups): penalty}`, or `{joined: penalty}` with what `tying.joined_groups`
+            gives (or a `tying.groups.Joined` of your own; its parameters need one learning rate). Names may be patterns
+            (`"features.*.weight"`, as in `fnmatch`). Without `Groups`, `Groups.inputs()`. Several `Groups` of one
+            parameter apply in order.
         every: `"step"`; a number of steps; or `"epoch"`: then call `handle.epoch_end()` at the end of each epoch, or
             give `steps_per_epoch`.
         steps_per_epoch: The optimizer's steps in one epoch (`len(loader)` without gradient accumulation).
@@ -63,7 +66,7 @@ def proximal(
             ICLR 2018.
         asynchronous: Whether penalties on norms are solved where the weights are, without waiting for the host: for
             accelerators with a queue of work. NaN or infinity in a weight is then told one prox later, or by
-            `remove()`; until then no weight of that device is changed.
+            `remove()`; until then no weight of that device is changed. Not together with `freeze_zeros`.
 
     Returns:
         The handle that applies, saves and removes the penalties.
@@ -85,9 +88,16 @@ def proximal(
         >>> handle.remove()
     """
     period = _period(every, steps_per_epoch)
+    if asynchronous and freeze_zeros:
+        raise PenaltyError(
+            "asynchronous: expected it without freeze_zeros, got both; which groups are zero is known to who waits: "
+            "leave one of them out"
+        )
     targets = resolve(rules, model, optimizer)
     for other in _handles.get(optimizer, []):
         other.refuse_overlap(targets)
+    for target in targets:
+        _rate(target, optimizer)
     _warn_if_adaptive(optimizer)
     sweep = Sweep(targets, tell_zeros=freeze_zeros, asynchronous=asynchronous)
     return ProximalHandle(optimizer, sweep, period, freeze_zeros)
@@ -175,7 +185,7 @@ class ProximalHandle:
                 "the penalty was never applied; clear gradients after step() returns, not in a hook, and check that "
                 "the loss depends on it"
             )
-        self._sweep.settle()
+        self._sweep.settle(self._pending)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside model and optimizer: numbers, strings, and bool tensors `(G,)`."""
@@ -201,7 +211,7 @@ class ProximalHandle:
             ) from error
         sizes = {target.key: target.count for target in self._targets}
         fits = (pending.keys(), dead.keys()) == (sizes.keys(), self._dead.keys()) and all(
-            sizes[key] == len(value) for key, value in dead.items()
+            value.shape == (sizes[key],) for key, value in dead.items()
         )
         if not fits:
             raise PenaltyError(
@@ -225,22 +235,18 @@ class ProximalHandle:
             return
         self._steps += 1
         self._count["steps"] += 1
+        rates = {target.key: _rate(target, optimizer) for target in self._targets}
         for target in self._targets:
-            stepped = [place for place in target.places if _was_stepped(place)]
-            if stepped:
+            if any(place.parameter.requires_grad and place.parameter.grad is not None for place in target.places):
                 self._never_stepped.discard(target.key)
-                self._pending[target.key] += _rate(target, stepped, optimizer)
+                self._pending[target.key] += rates[target.key]
         self._sweep.bury_(self._dead)
         if self._period is not None and self._steps >= self._period:
             self.prox_()
 
 
-def _was_stepped(place: Place) -> bool:
-    return place.parameter.requires_grad and place.parameter.grad is not None
-
-
-def _rate(target: Target, stepped: list[Place], optimizer: Optimizer) -> float:
-    rates = {float(optimizer.param_groups[place.param_group]["lr"]) for place in stepped}
+def _rate(target: Target, optimizer: Optimizer) -> float:
+    rates = {float(optimizer.param_groups[place.param_group]["lr"]) for place in target.places}
     if len(rates) > 1:
         raise PenaltyError(
             f"{target.key}: expected one learning rate for parameters whose groups are joined, got "

@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tying.axes import adder, broadcast, finer, in_memory_order, quiet, scaled, squares_anywhere
+from tying.axes import adder, broadcast, finer, in_memory_order, multiply_, quiet, scaled, squares_anywhere
+from tying.penalties.tensors import Vector
 from tying.train.rules import Place, Target
-
-Vector = NDArray[np.float64]
 
 
 class Resident:
@@ -27,6 +26,7 @@ class Resident:
         firsts = np.cumsum([0, *(target.count for target in targets)]).tolist()
         self._count = int(firsts[-1])
         self._places = [(place, firsts[turn]) for turn, target in enumerate(targets) for place in target.places]
+        self._parameters = [place.parameter for place, _ in self._places]
         self._memory: object = None
         self._adders: list[tuple[slice, Callable[[], Vector]]] = []
         self._views: list[Tensor] = []
@@ -49,34 +49,39 @@ class Resident:
         return cast(Vector, joined[: self._count])
 
     def multiply_(self, factors: Vector) -> None:
-        """Multiply every group by its factor."""
+        """Multiply every group by its factor; of parameters that are frozen now, nothing changes."""
         self._prepare()
         given = torch.from_numpy(factors)
         if self._groups is not None:
             given = torch.cat([given, given.new_ones(1)]).index_select(0, self._groups)
         self._positions.copy_(given)
-        torch._foreach_mul_(self._views, self._factors)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        multiply_(self._views, self._factors, some_are_zero=not factors.all())
 
     def _prepare(self) -> None:
-        memory = [(place.parameter.data_ptr(), place.parameter.stride()) for place, _ in self._places]
+        memory = [(p.data_ptr(), p.stride(), p.requires_grad) for p in self._parameters]
         if memory == self._memory:
             return
+        with torch.inference_mode(False):  # views made in inference mode could not be written to outside of it
+            self._prepare_views()
+        self._memory = memory
+
+    def _prepare_views(self) -> None:
         readings = [(place, *_read(place), first) for place, first in self._places]
         groups = [_groups(place, repeats, first, self._count) for place, _, repeats, first in readings]
         sizes = [len(mine) for mine in groups]
-        precise = any(place.parameter.dtype == torch.float64 for place, _ in self._places)
+        precise = any(parameter.dtype == torch.float64 for parameter in self._parameters)
         self._positions = torch.empty(sum(sizes), dtype=torch.float64 if precise else torch.float32)
         self._adders, self._views, self._factors = [], [], []
         stop = 0
         for (place, view, _, _), own in zip(readings, self._positions.split(sizes), strict=True):
             self._adders.append((slice(stop, stop := stop + len(own)), _adder(place, view)))
-            pair = broadcast(place.parameter.detach(), place.axes, own) if view is None else scaled(view, own)
-            self._views.append(pair[0])
-            self._factors.append(pair[1])
+            if place.parameter.requires_grad:
+                pair = broadcast(place.parameter.detach(), place.axes, own) if view is None else scaled(view, own)
+                self._views.append(pair[0])
+                self._factors.append(pair[1])
         joined = np.concatenate(groups)
         plain = np.array_equal(joined, np.arange(self._count))
         self._groups = None if plain else torch.from_numpy(joined.astype(np.int32))
-        self._memory = memory
 
 
 def _read(place: Place) -> tuple[Tensor | None, int]:

@@ -20,8 +20,11 @@ from torch.optim import Optimizer
 
 from tying.errors import PenaltyError, PlanError
 from tying.groups import Groups, Joined
-from tying.penalties.norms import Lasso, OnNorms, Penalty, Ridge
+from tying.penalties.norms import Lasso, OnNorms, Penalty, Ridge, acts_on_norms
+from tying.penalties.tensors import check_floating
 from tying.train.shards import is_sharded, why_not
+
+_COMPUTED = "one that the weight is computed from; remove the parametrization first"
 
 Key: TypeAlias = "str | tuple[str, Groups] | Joined"
 Rules: TypeAlias = Mapping[Key, Penalty]
@@ -104,7 +107,7 @@ def _targets(
     if not isinstance(penalty, Penalty) or isinstance(penalty, type):
         raise PenaltyError(f"{key}: expected a penalty, got {penalty!r}; pass one, for instance GrOWL(4e-3)")
     if isinstance(key, Joined):
-        return [_joined(key, penalty, names, places)]
+        return [_joined(key, penalty, names, places, model)]
     pattern, groups = _read_key(key)
     return [_target(name, names[name], groups, penalty, places, model) for name in _match(pattern, names, places)]
 
@@ -131,13 +134,7 @@ def _match(pattern: str, names: dict[str, nn.Parameter], places: dict[int, int])
             reason = why_not(parameter)
             if reason:
                 raise PenaltyError(f"{name}: {reason}")
-        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
-        listed = close or list(names)[:10]
-        more = "" if close or len(names) <= 10 else ", …"
-        raise PenaltyError(
-            f"rules: expected a parameter's name or a pattern, got {pattern!r}, which matches none; "
-            f"{'similar names are' if close else 'the model has'}: {', '.join(listed)}{more}"
-        )
+        raise _unknown(pattern, names)
     wanted = {id(names[name]): name for name in reversed(matched) if _trained(names[name], places)}
     if not wanted:
         raise PenaltyError(
@@ -145,6 +142,16 @@ def _match(pattern: str, names: dict[str, nn.Parameter], places: dict[int, int])
             f"({', '.join(matched[:10])}); unfreeze them and give them to the optimizer, or drop the rule"
         )
     return list(reversed(wanted.values()))
+
+
+def _unknown(pattern: str, names: dict[str, nn.Parameter]) -> PenaltyError:
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    listed = close or list(names)[:10]
+    more = "" if close or len(names) <= 10 else ", …"
+    return PenaltyError(
+        f"rules: expected a parameter's name or a pattern, got {pattern!r}, which matches none; "
+        f"{'similar names are' if close else 'the model has'}: {', '.join(listed)}{more}"
+    )
 
 
 def _trained(parameter: nn.Parameter, places: dict[int, int]) -> bool:
@@ -172,7 +179,7 @@ def _target(
 
 def _check_shards(parameter: Tensor, groups: Groups, penalty: Penalty) -> None:
     """Refuse what a penalty can't do without gathering the weights."""
-    if isinstance(penalty, OnNorms):
+    if acts_on_norms(penalty):
         if len(groups.axes(parameter.dim())) == parameter.dim() > 1:
             raise PenaltyError(
                 f"expected groups of many numbers for a parameter that is sharded, got {groups}, every number a group: "
@@ -186,26 +193,28 @@ def _check_shards(parameter: Tensor, groups: Groups, penalty: Penalty) -> None:
     penalty.prox(torch.zeros(groups.shape(parameter.shape)[0], 1, dtype=parameter.dtype), 0.0)
 
 
-def _joined(joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], places: dict[int, int]) -> Target:
-    if not isinstance(penalty, OnNorms):
+def _joined(
+    joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], places: dict[int, int], model: nn.Module
+) -> Target:
+    if not acts_on_norms(penalty):
         raise PenaltyError(
             f"{joined}: expected a penalty on the norms of groups, got {penalty!r}; use GroupLasso or GrOWL, or name "
             "the parameters one by one"
         )
     found: list[Place] = []
     for part in joined.parts:
-        place = _place(part.parameter, names[_match(part.parameter, names, places)[0]], places)
+        if part.parameter not in names:
+            raise _unknown(part.parameter, names)
+        place = _place(part.parameter, names[part.parameter], places)
+        if isinstance(model.get_submodule(part.parameter.rpartition(".")[0]), ParametrizationList):
+            raise PenaltyError(f"{part.parameter}: expected a parameter, got {_COMPUTED}")
         place = replace(place, axes=(part.axis,), labels=np.asarray(part.labels, dtype=np.intp))
         _check_part(place, joined, found)
         found.append(place)
-    missing = set(range(joined.count)) - {label for part in joined.parts for label in part.labels}
-    if missing or not found:
-        raise PenaltyError(
-            f"{joined}: expected every one of the {joined.count} groups in some part, got none for "
-            f"{sorted(missing)[:5]}; number the groups from 0 without gaps"
-        )
     try:
-        penalty.thresholds(joined.count, 0.0)  # explicit weights' number
+        for place in found:
+            check_floating(place.parameter)
+        cast(OnNorms, penalty).thresholds(joined.count, 0.0)  # explicit weights' number
     except PenaltyError as error:
         raise PenaltyError(f"{joined}: {error}") from error
     return Target(joined, tuple(found), joined.count, penalty, str(joined))
@@ -213,14 +222,10 @@ def _joined(joined: Joined, penalty: Penalty, names: dict[str, nn.Parameter], pl
 
 def _check_part(place: Place, joined: Joined, before: list[Place]) -> None:
     (axis,), shape, labels = place.axes, tuple(place.parameter.shape), cast("NDArray[np.intp]", place.labels)
-    if not 0 <= axis < len(shape):
+    if not 0 <= axis < len(shape) or len(labels) != shape[axis]:
         raise PenaltyError(
-            f"{joined}: expected an axis of {place.name}, shape {shape}, got {axis}; name one of its axes"
-        )
-    if len(labels) != shape[axis] or labels.max(initial=-1) >= joined.count or labels.min(initial=0) < -1:
-        raise PenaltyError(
-            f"{joined}: expected {shape[axis]} labels from −1 to {joined.count - 1} for axis {axis} of {place.name}, "
-            f"shape {shape}, got {len(labels)} up to {labels.max(initial=-1)}; join the groups of this very model"
+            f"{joined}: expected an axis of {place.name}, shape {shape}, and a label for each of its positions, got "
+            f"axis {axis} and {len(labels)} labels; join the groups of this very model"
         )
     for other in before:
         if other.parameter is place.parameter and (other.axes != place.axes or place.overlaps(other)):
@@ -236,6 +241,10 @@ def _place(name: str, parameter: nn.Parameter, places: dict[int, int]) -> Place:
     reason = why_not(parameter)
     if reason:
         raise PenaltyError(f"{name}: {reason}")
+    if parameter.is_meta:
+        raise PenaltyError(
+            f"{name}: expected a parameter with numbers, got one on the meta device; load the model first"
+        )
     if id(parameter) not in places:
         frozen = "" if parameter.requires_grad else " (it is frozen)"
         raise PenaltyError(
@@ -280,7 +289,7 @@ def _why_not(model: nn.Module, name: str, groups: Groups) -> str | None:
     if groups.kind in ("elements", "whole"):
         return None
     module = model.get_submodule(name.rpartition(".")[0])
-    instead = "use Groups.elements() or Groups.whole(), or Joined groups along the axis meant"
+    instead = "use Groups.elements() or Groups.whole(), or tying.groups.Joined along the axis meant"
     says = f"expected a parameter with {groups.kind} as groups, got {type(module).__name__}"
     if isinstance(module, _ConvTransposeNd) and groups.kind != "filters" and not name.endswith("bias"):
         return f"{says}, whose dimension 0 is its inputs and dimension 1 its outputs; {instead}, or Groups.filters()"
@@ -291,7 +300,7 @@ def _why_not(model: nn.Module, name: str, groups: Groups) -> str | None:
     if isinstance(module, nn.Bilinear) and not name.endswith("bias") and groups.kind != "outputs":
         return f"{says}, which has two inputs; {instead}"
     if isinstance(module, ParametrizationList):
-        return f"{says}: the weight is computed from it; remove the parametrization first"
+        return f"{says}: {_COMPUTED}"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not name.endswith("bias"):
         return f"{says} of transformers, which stores (inputs, outputs); {instead}, or replace it with nn.Linear"
     return None

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tying.axes import broadcast, in_memory_order, scaled, squares, squares_anywhere
+from tying.axes import broadcast, in_memory_order, multiply_, scaled, squares, squares_anywhere
+from tying.penalties.tensors import Vector
 from tying.train.rules import Place, Target
 from tying.train.shards import Message, is_sharded, local, piece_of
-from tying.train.shrink import Steps, Vector, check, factors, join
+from tying.train.shrink import Steps, check, factors, join
 
 
 class Scattered:
@@ -48,10 +49,12 @@ class Scattered:
 
     def write_(self) -> dict[str, Tensor]:
         """Multiply the weights; return which groups are zero, by the key of their target."""
+        if not self._solved:
+            return {}
         factors = torch.from_numpy(self._factors)
-        self._weights.multiply_(self._solved, factors)
+        self._weights.multiply_(self._solved, factors, some_are_zero=not self._factors.all())
         return {
-            t.key: factors[at : at + t.count] == 0 for at, t in zip(_starts(self._solved), self._solved, strict=True)
+            t.key: factors[at : at + t.count] == 0 for at, t in zip(starts(self._solved), self._solved, strict=True)
         }
 
     def _sums(self, places: Sequence[Place]) -> dict[Place, Vector]:
@@ -77,32 +80,44 @@ class Weights:
             return squares_anywhere(local(place.parameter), place.axes)
         return squares(view, precise=precise)
 
-    def multiply_(self, targets: Sequence[Target], factors: Tensor) -> None:
+    def multiply_(self, targets: Sequence[Target], factors: Tensor, *, some_are_zero: bool = True) -> None:
         """Multiply every group by its factor, `(n,)` float64 on any device, target after target."""
+        pairs = self._pairs(targets, factors)
+        multiply_([view for view, _ in pairs], [own for _, own in pairs], some_are_zero=some_are_zero)
+
+    def make_zero_(self, targets: Sequence[Target], dead: Tensor) -> None:
+        """Make groups zero, whatever is in them: `(n,)` bool on any device, target after target."""
+        for view, mask in self._pairs(targets, dead):
+            view.masked_fill_(mask, 0.0)
+
+    def _pairs(self, targets: Sequence[Target], values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return views of the parameters that are not frozen, and what belongs to their groups, to be broadcast."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        there = {factors.device: factors}  # sent once to each device, whole
-        for at, target in zip(_starts(targets), targets, strict=True):
+        there = {values.device: values}  # sent once to each device, whole
+        for at, target in zip(starts(targets), targets, strict=True):
             for place in target.places:
+                if not place.parameter.requires_grad:
+                    continue
                 parameter = local(place.parameter)
                 if parameter.device not in there:
-                    there[parameter.device] = factors.to(parameter.device)
+                    there[parameter.device] = values.to(parameter.device)
                 mine = self._at_positions(place, there[parameter.device][at : at + target.count])
-                mine = mine.to(torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+                if mine.is_floating_point():
+                    mine = mine.to(torch.float64 if parameter.dtype == torch.float64 else torch.float32)
                 view = self._view(place)
                 pairs.append(broadcast(parameter, place.axes, mine) if view is None else scaled(view, mine))
-        if pairs:
-            views, matching = zip(*pairs, strict=True)
-            torch._foreach_mul_(views, matching)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        return pairs
 
-    def _at_positions(self, place: Place, factors: Tensor) -> Tensor:
-        """Return the factor of every position of a place that is here; 1 for those in no group."""
+    def _at_positions(self, place: Place, values: Tensor) -> Tensor:
+        """Return what belongs to every position of a place that is here; to those in no group, 1 or False."""
         if place.labels is None and place not in self.pieces:
-            return factors
-        if (place, factors.device) not in self._groups:
-            labels = np.arange(len(factors)) if place.labels is None else place.labels
+            return values
+        if (place, values.device) not in self._groups:
+            labels = np.arange(len(values)) if place.labels is None else place.labels
             here = labels[self.pieces[place].positions] if place in self.pieces else labels
-            self._groups[place, factors.device] = torch.from_numpy(here).to(factors.device)
-        return torch.cat([factors, factors.new_ones(1)])[self._groups[place, factors.device]]
+            self._groups[place, values.device] = torch.from_numpy(here).to(values.device)
+        none = values.new_full((1,), values.is_floating_point())
+        return torch.cat([values, none])[self._groups[place, values.device]]
 
     def _view(self, place: Place) -> Tensor | None:
         """Return a view of a parameter in the order of its memory, made anew where it has got other memory."""
@@ -110,12 +125,13 @@ class Weights:
         memory = (parameter.data_ptr(), parameter.stride(), parameter.dtype)
         known, view = self._known.get(place, (None, None))
         if known != memory:
-            view = in_memory_order(parameter, place.axes)
+            with torch.inference_mode(False):  # a view made in inference mode can't be written to outside of it
+                view = in_memory_order(parameter, place.axes)
             self._known[place] = memory, view
         return view
 
 
-def _starts(targets: Sequence[Target]) -> list[int]:
+def starts(targets: Sequence[Target]) -> list[int]:
     """Return where the groups of every target begin."""
     return np.cumsum([0, *(target.count for target in targets)]).tolist()[:-1]
 

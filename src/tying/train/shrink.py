@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from tying.axes import SAFE
 from tying.errors import PenaltyError
 from tying.penalties.norms import OnNorms
-from tying.penalties.prox import check_finite
 from tying.penalties.sorted_l1 import shrink_sorted
+from tying.penalties.tensors import Vector, check_finite
 from tying.train.rules import Place, Target
 
-Vector = NDArray[np.float64]
 Steps = Mapping[str, float]
 """The step size of every target, by its key; at 0 it is left alone."""
 

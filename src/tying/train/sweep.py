@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tying.axes import squares_anywhere
-from tying.penalties.norms import OnNorms
+from tying.penalties.norms import acts_on_norms
+from tying.penalties.tensors import Vector
 from tying.train.on_device import OnDevice
 from tying.train.on_numbers import OnNumbers
 from tying.train.resident import Resident
 from tying.train.rules import Target
 from tying.train.scattered import Scattered, Weights
 from tying.train.shards import is_sharded
-from tying.train.shrink import Steps, Vector, factors
+from tying.train.shrink import Steps, factors
 
 Zeros = dict[str, Tensor]
 """Which groups are zero after a prox, by the key of their target: `(G,)` bool, or `_UNTOLD`."""
@@ -53,51 +54,62 @@ class Sweep:
                 steps.update(dict.fromkeys(done, 0.0))
                 yield done
 
-    def settle(self) -> None:
-        """Raise what a step that nobody waited for would have raised."""
+    def settle(self, steps: dict[str, float]) -> None:
+        """Raise what a prox that nobody waited for would have raised; `steps` gets back those that it left out."""
         for some in self._rounds:
-            some.settle()
+            some.settle(steps)
 
     def bury_(self, dead: Zeros) -> None:
         """Make groups zero."""
         buried = [target for target in self.targets if target.key in dead and dead[target.key].any()]
         if buried:
-            self._weights.multiply_(buried, torch.cat([(~dead[target.key]).double() for target in buried]))
+            self._weights.make_zero_(buried, torch.cat([dead[target.key] for target in buried]))
 
 
 class _Round:
     def __init__(self, targets: Sequence[Target], tell_zeros: bool, asynchronous: bool) -> None:
-        self._settings = targets, tell_zeros, asynchronous
-        numbers = [target for target in targets if not isinstance(target.penalty, OnNorms)]
-        norms = [target for target in targets if isinstance(target.penalty, OnNorms) and target.count]
-        devices = {target: _device(target) for target in norms}
-        here = [target for target in norms if devices[target] == _CPU and not asynchronous]
-        alone = {device for device in devices.values() if device is not None and asynchronous}
-        elsewhere = [target for target in norms if devices[target] is None or not (asynchronous or target in here)]
-        self._here = [place.parameter for target in here for place in target.places]
-        self._on_device = [OnDevice([t for t in norms if devices[t] == device]) for device in sorted(alone, key=str)]
-        # Scattered first: once its message is sent, what is wrong on one rank is told on all of them.
-        self._others = (
-            Scattered(elsewhere, [target.places[0] for target in numbers]),
-            OnNumbers(numbers, tell_zeros),
-            *self._on_device,
-        )
-        self._sets = [_Set(some, tell_zeros) for some in _cached(here)]
+        numbers = [target for target in targets if not acts_on_norms(target.penalty)]
+        norms = [target for target in targets if acts_on_norms(target.penalty) and target.count]
+        sharded = [target for target in norms if any(is_sharded(place.parameter) for place in target.places)]
+        self._tell_zeros, self._asynchronous = tell_zeros, asynchronous
+        # Sharded first: once their message is sent, what is wrong on one rank is told on all of them.
+        watched = [target.places[0] for target in numbers]
+        self._fixed = Scattered(sharded, watched), OnNumbers(numbers, tell_zeros)
+        self._plain = [target for target in norms if target not in sharded]
+        self._parameters = [place.parameter for target in self._plain for place in target.places]
+        self._on_device: list[OnDevice] = []
+        self._plan()
+
+    def _plan(self) -> None:
+        """Divide the plain targets by where their weights are now."""
+        self._devices = [parameter.device for parameter in self._parameters]
+        by_device: dict[torch.device | None, list[Target]] = {}
+        for target in self._plain:
+            by_device.setdefault(_device(target), []).append(target)
+        here = [] if self._asynchronous else by_device.pop(_CPU, [])
+        alone = [device for device in by_device if device is not None and self._asynchronous]
+        self._on_device = [OnDevice(by_device.pop(device)) for device in alone]
+        self._elsewhere = Scattered([target for some in by_device.values() for target in some], ())
+        self._sets = [_Set(some, self._tell_zeros) for some in _cached(here)]
 
     def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
         """Apply the proxes; yield what is zero in the targets whose step is taken."""
-        if not all(parameter.is_cpu for parameter in self._here):  # the model was moved to an accelerator
-            self.__init__(*self._settings)
-        for kind in self._others:
+        if [parameter.device for parameter in self._parameters] != self._devices:  # the model was moved
+            self.settle(steps)
+            self._plan()
+        others = *self._fixed, self._elsewhere
+        for kind in (*others, *self._on_device):
             kind.solve(steps)
         for some in self._sets:
             yield some.step_(steps)
-        for kind in self._others:
+        for kind in others:
             yield kind.write_()
-
-    def settle(self) -> None:
         for kind in self._on_device:
-            kind.settle()
+            yield dict.fromkeys(kind.write_(), _UNTOLD)
+
+    def settle(self, steps: dict[str, float]) -> None:
+        for kind in self._on_device:
+            kind.settle(steps)
 
 
 class _Set:
@@ -127,9 +139,7 @@ def _again(target: Target) -> list[Vector]:
 
 
 def _device(target: Target) -> torch.device | None:
-    """Return where a target's weights are; None for several devices, or ranks."""
-    if any(is_sharded(place.parameter) for place in target.places):
-        return None
+    """Return where a target's weights are; None for several devices."""
     devices = {place.parameter.device for place in target.places}
     return devices.pop() if len(devices) == 1 else None
 
