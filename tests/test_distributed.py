@@ -11,12 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from distributed.worker import checks
-from tying.penalties import GrOWL
-from tying.train.proximal import proximal
 
 TESTS = Path(__file__).parent
 NAMES = [(world, name) for world in (2, 4) for name in checks(world, TESTS)]
@@ -86,27 +82,3 @@ def test_what_is_wrong_fails_the_law(world: int, name: str, results: dict[int, d
     said = results[world][name]
     assert any(verdict.startswith("failed") for verdict in said), said
     assert all(verdict == "held" or verdict.startswith("failed") for verdict in said), said
-
-
-def test_a_model_may_be_compiled_while_its_optimizer_has_penalties() -> None:
-    """The compiled model reads the weights that the prox wrote, and is not compiled again for it."""
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
-    x = torch.randn(8, 6)
-    ends = []
-    for compiled in (False, True):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
-        model.load_state_dict(plain.state_dict())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        handle = proximal(optimizer, model, {"0.weight": GrOWL(0.5)})
-        forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
-        for _ in range(6):
-            optimizer.zero_grad()
-            forward(x).square().mean().backward()
-            optimizer.step()
-        handle.remove()
-        ends.append(([p.detach() for p in model.parameters()], forward(x).detach()))
-    assert (ends[0][0][0] == 0).any()
-    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
-    assert torch.equal(ends[0][1], ends[1][1])

@@ -554,15 +554,23 @@ def test_tiny_and_huge_weights_are_shrunk_as_others(scale):
 
 
 def test_the_users_model_may_be_compiled():
+    compilations: list[torch.fx.GraphModule] = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    compiled = torch.compile(model, backend="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    proximal(optimizer, model, {"*.weight": GroupLasso(1.0)})
-    x = torch.randn(5, 6)
-    for _ in range(3):
-        optimizer.zero_grad()
-        compiled(x).sum().backward()
-        optimizer.step()
-    torch.testing.assert_close(compiled(x), model(x))
+    twin, x = copy.deepcopy(model), torch.randn(5, 6)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for each, forward in ((model, compiled), (twin, twin)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        proximal(optimizer, each, {"*.weight": GroupLasso(1.0)})
+        for _ in range(4):
+            optimizer.zero_grad()
+            forward(x).sum().backward()
+            optimizer.step()
+    assert torch.equal(compiled(x), twin(x))
     assert not model[2].weight.all()
+    assert len(compilations) == 1

@@ -17,14 +17,6 @@ class Messages(TorchDispatchMode):
         super().__init__()
         self.sent: list[tuple[str, int]] = []
 
-    @property
-    def count(self) -> int:
-        return len(self.sent)
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, size in self.sent)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back as what it is made of

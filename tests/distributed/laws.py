@@ -75,25 +75,6 @@ def law_squares(spread: Spread) -> None:
         )
 
 
-def law_cut(spread: Spread) -> None:
-    """Factors for all groups, cut to what is here, scale the parts as they would scale the whole."""
-    _, model, *_ = pair(spread)
-    results = []
-    for name, parameter in model.named_parameters():
-        if not shards.is_sharded(parameter):
-            continue
-        for axes in kept(parameter.dim()):
-            before = full(parameter)
-            shape = [size if axis in axes else 1 for axis, size in enumerate(parameter.shape)]
-            factors = torch.arange(1.0, 1.0 + np.prod(shape), dtype=torch.float64)
-            piece, part = shards.piece_of(name, parameter, axes), shards.local(parameter)
-            here = [size if axis in axes else 1 for axis, size in enumerate(part.shape)]
-            part.mul_(torch.from_numpy(piece.cut(factors.numpy())).reshape(here))
-            results.append((name, axes, full(parameter), before * factors.reshape(shape)))
-    for name, axes, found, expected in results:
-        expect(torch.equal(found, expected), f"{name} along {axes}: {found}, {expected}")
-
-
 INPUTS, OUTPUTS, ELEMENTS = Groups.inputs(), Groups.outputs(), Groups.elements()
 
 ONE_ROUND = {

@@ -46,12 +46,6 @@ def weights_are_gathered():
 
 
 @contextmanager
-def order_is_forgotten():
-    with mock.patch.object(shards.Piece, "cut", lambda self, values: values[: len(self.positions)]):
-        yield
-
-
-@contextmanager
 def unchecked():
     with mock.patch.object(shards.Message, "_check", return_value=None):
         yield

@@ -25,7 +25,6 @@ def checks(world: int, folder: Path) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for name, spread in spreads.items():
         found[f"squares: {name}"] = partial(laws.law_squares, spread)
-        found[f"cut: {name}"] = partial(laws.law_cut, spread)
         found[f"training: {name}"] = partial(laws.law_training, spread)
         found[f"messages: {name}"] = partial(laws.law_messages, spread)
         if spread.together:
@@ -62,7 +61,6 @@ def broken(spreads: dict[str, Spread], folder: Path) -> Iterator[tuple[str, Call
     yield "squares, replicas count", twins.replicas_count, partial(laws.law_squares, replicas)
     yield "squares, replicas on other meshes count", twins.replicas_count, partial(laws.law_squares, nested)
     yield "squares, weights are gathered", twins.weights_are_gathered, partial(laws.law_squares, shards)
-    yield "cut, the order is forgotten", twins.order_is_forgotten, partial(laws.law_cut, shards)
     yield "training, nothing is sent", twins.nothing_is_sent, partial(laws.law_training, shards)
     yield "training, replicas count", twins.replicas_count, partial(laws.law_training, replicas)
     yield "training, the order is forgotten", twins.pieces_are_cut_as_they_come, partial(laws.law_training, shards)

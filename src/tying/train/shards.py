@@ -84,10 +84,6 @@ class Piece:
     local_size: int
     positions: NDArray[np.int64]
 
-    def cut(self, values: Vector) -> Vector:
-        """Return `(local n,)` of `(n,)` values: those of the groups that are here, in the order of the local tensor."""
-        return values[self.positions]
-
 
 def piece_of(name: str, parameter: Tensor, axes: Sequence[int]) -> Piece:
     """Return where this rank's groups are, the groups being counted along `axes`. Sends nothing."""
