@@ -8,11 +8,15 @@ One thread; what is compared runs in turn. Parts that are not asked for are kept
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.progress import track
@@ -25,6 +29,8 @@ from benchmarks import networks, vector_prox
 from benchmarks.record import record
 from benchmarks.timing import in_turn, spread, versus
 from tying import Groups, GrOWL
+from tying.penalties import Ramp
+from tying.train import here
 from tying.train.rules import Target, resolve
 from tying.train.sweep import Sweep
 
@@ -64,11 +70,9 @@ def traffic(weights: list[Tensor]) -> None:
 
 
 def layers(name: str, kind: str) -> dict[str, Any]:
-    """Time GrOWL over all layers of a network against the plain loop."""
-    torch.manual_seed(0)
-    model = networks.weights(NETWORKS[name]())
+    """Time GrOWL over all layers of a network against the plain loop, always from the same weights."""
+    model, targets = prepared(name, kind)
     weights = [parameter.detach() for parameter in model.values()]
-    targets = resolve({("*", Groups(kind)): GrOWL(1.0)}, model, SGD(model.parameters(), lr=STEP))
     sweep = Sweep(targets, tell_zeros=False)
     axis = {"outputs": 0, "inputs": 1}[kind]
     functions = {
@@ -76,34 +80,76 @@ def layers(name: str, kind: str) -> dict[str, Any]:
         "tying": lambda: step(sweep, targets),
         "memory traffic": lambda: traffic(weights),
     }
-    seconds = in_turn(functions, rounds=200 if name.startswith("50") else 15)
-    bytes_ = 4 * sum(weight.numel() for weight in weights)
+    first = [weight.clone() for weight in weights]
+    rounds = 200 if name.startswith("50") else 15
+    seconds = in_turn(functions, rounds, before=lambda: torch._foreach_copy_(weights, first))
     return {
         "network": name,
         "groups": kind,
-        "parameters": bytes_ // 4,
+        "parameters": sum(weight.numel() for weight in weights),
         "groups_in_all": sum(target.count for target in targets),
         "seconds": {key: spread(taken) for key, taken in seconds.items()},
         "ratio": versus(seconds["tying"], seconds["plain loop"]),
         "ratio_to_memory_traffic": versus(seconds["tying"], seconds["memory traffic"]),
-        "extra_memory": extra_memory(targets) / bytes_,
+        "share": shares(targets),
+        "extra_memory": extra_memory(name, kind),
     }
+
+
+def shares(targets: list[Target]) -> dict[str, float]:
+    """Return where the time of a step goes: reading the weights, solving for the factors, scaling the weights."""
+    spent = dict.fromkeys(("read", "solve", "scale"), 0.0)
+    sweep = Sweep(targets, tell_zeros=False)
+    parts = [(here.GroupsHere, "squares", "read"), (here, "factors", "solve"), (here.GroupsHere, "multiply_", "scale")]
+    with contextlib.ExitStack() as stack:
+        for owner, function, part in parts:
+            stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), spent, part)))
+        for _ in range(5):
+            step(sweep, targets)
+    return {part: seconds / sum(spent.values()) for part, seconds in spent.items()}
+
+
+def timed(function: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:
+    def wrapped(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        spent[part] += time.perf_counter() - start
+        return result
+
+    return wrapped
 
 
 def step(sweep: Sweep, targets: list[Target]) -> None:
     """Apply the proxes."""
-    for _ in sweep.step_({target.key: STEP for target in targets}):
-        pass
+    sweep.step_({target.key: STEP for target in targets})
 
 
-def extra_memory(targets: list[Target]) -> int:
-    """Return the most bytes that preparing and taking a step holds at a time, NumPy's and PyTorch's."""
+def extra_memory(name: str, kind: str) -> float:
+    """Return the most bytes that preparing and taking a first step holds at a time ÷ those of the weights.
+
+    NumPy's and PyTorch's, in a process of its own, so that what is kept for later steps is in it.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(most_memory, (name, kind))
+
+
+def most_memory(name: str, kind: str) -> float:
+    torch.set_num_threads(1)
+    model, targets = prepared(name, kind)
+    tying.prox_owl(torch.arange(1000.0), Ramp(1.0))  # loads SciPy
     tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(Sweep(targets, tell_zeros=False), targets)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return most + held_by_torch(profile)
+    return (most + held_by_torch(profile)) / sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+def prepared(name: str, kind: str) -> tuple[nn.ParameterDict, list[Target]]:
+    """Return the weights of a network and its targets, GrOWL on all."""
+    torch.manual_seed(0)
+    model = networks.weights(NETWORKS[name]())
+    return model, resolve({("*", Groups(kind)): GrOWL(1.0)}, model, SGD(model.parameters(), lr=STEP))
 
 
 def held_by_torch(profile: torch.profiler.profile) -> int:

@@ -1,18 +1,31 @@
-"""Functions timed in turn, A B A B …, so that a busy machine slows all of them."""
+"""Functions timed in turn, so that a busy machine slows all of them."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 
-def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, np.ndarray]:
-    """Return the seconds of every call, `(rounds,)` per function."""
+def in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    before: Callable[[], object] = lambda: None,
+    warm_up: int = 2,
+) -> dict[str, np.ndarray]:
+    """Return the seconds of every call, `(rounds,)` per function; `before` each of them is called, untimed.
+
+    The order changes from round to round: who comes next finds the memory that the last one left.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for turn in range(-warm_up, rounds):
-        for name, function in functions.items():
+        for name in order.sample(list(functions), len(functions)):
+            function = functions[name]
+            before()
             start = time.perf_counter()
             function()
             if turn >= 0:

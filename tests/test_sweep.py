@@ -479,27 +479,24 @@ def test_a_copy_of_a_weight_fails_the_law():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", range(3))
-def test_a_set_with_bad_weights_stays_as_it_was(where, bad):
-    """Two sets of 8 MB: what comes before the bad one has had its step, and a second call does not repeat it."""
+def test_nothing_changes_if_one_weight_is_bad(where, bad):
     torch.manual_seed(0)
     model = nn.ParameterDict({f"w{i}": nn.Parameter(torch.randn(1000, 1000)) for i in range(3)})
     give_gradients(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = proximal(optimizer, model, {"*": GrOWL(1.0)}, every=100)
     optimizer.step()
+    good = float(model[f"w{where}"].detach()[5, 7])
     model[f"w{where}"].data[5, 7] = bad
     before = [parameter.detach().clone() for parameter in model.values()]
     with pytest.raises(PenaltyError, match=rf"^w{where}: matrix: expected finite weights, got NaN or infinity in 1 "):
         handle.prox_()
-    changed = [not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.values(), strict=True)]
-    assert changed == ([False] * 3 if where < 2 else [True, True, False])
-    model[f"w{where}"].data[5, 7] = 0.0
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.values(), strict=True))
+    model[f"w{where}"].data[5, 7] = good
+    twin = copy.deepcopy(model)
     handle.prox_()
-    twin = nn.ParameterDict({f"w{i}": nn.Parameter(value) for i, value in enumerate(before)})
-    twin[f"w{where}"].data[5, 7] = 0.0
     step(twin, {"*": GrOWL(1.0)})
-    for name, parameter in model.items():
-        assert torch.equal(parameter, twin[name])
+    assert all(torch.equal(a, b) for a, b in zip(twin.values(), model.values(), strict=True))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -53,11 +53,11 @@ class OnDevice:
         ratios = torch.where(shrunk > 0, shrunk / safe, 0.0)
         self._factors = torch.where(wrong[-1] > 0, 1.0, ratios)
 
-    def write_(self) -> list[str]:
-        """Multiply the weights; return the keys of the targets whose step is taken."""
+    def write_(self) -> dict[str, Tensor]:
+        """Multiply the weights; which groups are zero is not told."""
         if self._solved:
             self._weights.multiply_([*self._solved], self._factors)
-        return [target.key for target in self._solved]
+        return {}
 
     def settle(self, steps: dict[str, float]) -> None:
         """Take notice of how the last prox went, which waits for it.

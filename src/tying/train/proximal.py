@@ -127,15 +127,13 @@ class ProximalHandle:
     def prox_(self) -> None:
         """Apply the penalties now, with the learning rates summed since the last time; for hand-written loops.
 
-        Up to 8 MB of weights all results are computed and checked before the first is written. Larger networks, on
-        the CPU, are worked on in sets of that size, which stay in the processor's cache.
+        All results are computed and checked before the first is written.
 
         Raises:
-            PenaltyError: Names the parameter that has NaN or infinity in it. It has not changed, nor has any other of
-                its set or after it; those before it have had their step, which another call will not repeat.
+            PenaltyError: Names the parameter that has NaN or infinity in it; no weight has changed then.
         """
-        for zeros in self._sweep.step_(self._pending):
-            self._dead |= {key: zero for key, zero in zeros.items() if key in self._dead}
+        zeros = self._sweep.step_(self._pending)
+        self._dead |= {key: zero for key, zero in zeros.items() if key in self._dead}
         self._pending = dict.fromkeys(self._pending, 0.0)
         self._count["proxes"] += 1
         self._steps = 0

@@ -1,4 +1,4 @@
-"""One step of the penalties over all parameters: results are computed and checked before weights are written.
+"""One step of the penalties over all parameters: every result is computed, and checked, before a weight is written.
 
 A penalty on the norms of groups never needs a matrix: squares are summed at the speed of memory, the norms of many
 targets are shrunk in one call, and the weights are multiplied in place. Beside the norms nothing is allocated.
@@ -6,30 +6,23 @@ targets are shrunk in one call, and the weights are multiplied in place. Beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tying.axes import squares_anywhere
 from tying.penalties.norms import acts_on_norms
-from tying.penalties.tensors import Vector
+from tying.train.here import Here
 from tying.train.on_device import OnDevice
 from tying.train.on_numbers import OnNumbers
-from tying.train.resident import Resident
 from tying.train.rules import Target
 from tying.train.scattered import Scattered, Weights
 from tying.train.shards import is_sharded
-from tying.train.shrink import Steps, factors
 
 Zeros = dict[str, Tensor]
-"""Which groups are zero after a prox, by the key of their target: `(G,)` bool, or `_UNTOLD`."""
+"""Which groups are zero after a prox, by the key of their target: `(G,)` bool; told where it is asked for, at least."""
 
-_UNTOLD = torch.empty(0, dtype=torch.bool)
 _CPU = torch.device("cpu")
-
-_CACHED = 8 << 20
-"""Bytes of weights that are read and then written while they are still in the processor's cache."""
 
 
 class Sweep:
@@ -40,19 +33,16 @@ class Sweep:
         self._weights = Weights([place for target in targets for place in target.places])
         self._rounds = [_Round(some, tell_zeros, asynchronous) for some in _in_rounds(targets)]
 
-    def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
-        """Apply the proxes; yield what is zero in the targets whose step has been taken, and is 0 in `steps` now.
-
-        Plain parameters on the CPU come in sets of 8 MB, so that each is read from memory once.
+    def step_(self, steps: dict[str, float]) -> Zeros:
+        """Apply the proxes.
 
         Raises:
-            PenaltyError: Names the parameter that has NaN or infinity in it. Neither its set nor what comes after has
-                changed then; the steps of the sets before it are taken.
+            PenaltyError: Names the parameter that has NaN or infinity in it; no weight has changed then.
         """
+        zeros: Zeros = {}
         for some in self._rounds:
-            for done in some.step_(steps):
-                steps.update(dict.fromkeys(done, 0.0))
-                yield done
+            zeros |= some.step_(steps)
+        return zeros
 
     def settle(self, steps: dict[str, float]) -> None:
         """Raise what a prox that nobody waited for would have raised; `steps` gets back those that it left out."""
@@ -77,7 +67,6 @@ class _Round:
         self._fixed = Scattered(sharded, watched), OnNumbers(numbers, tell_zeros)
         self._plain = [target for target in norms if target not in sharded]
         self._parameters = [place.parameter for target in self._plain for place in target.places]
-        self._on_device: list[OnDevice] = []
         self._plan()
 
     def _plan(self) -> None:
@@ -89,74 +78,29 @@ class _Round:
         here = [] if self._asynchronous else by_device.pop(_CPU, [])
         alone = [device for device in by_device if device is not None and self._asynchronous]
         self._on_device = [OnDevice(by_device.pop(device)) for device in alone]
-        self._elsewhere = Scattered([target for some in by_device.values() for target in some], ())
-        self._sets = [_Set(some, self._tell_zeros) for some in _cached(here)]
+        elsewhere = [target for some in by_device.values() for target in some]
+        self._kinds = *self._fixed, Scattered(elsewhere, ()), *self._on_device, Here(here, self._tell_zeros)
 
-    def step_(self, steps: dict[str, float]) -> Iterator[Zeros]:
-        """Apply the proxes; yield what is zero in the targets whose step is taken."""
+    def step_(self, steps: dict[str, float]) -> Zeros:
         if [parameter.device for parameter in self._parameters] != self._devices:  # the model was moved
             self.settle(steps)
             self._plan()
-        others = *self._fixed, self._elsewhere
-        for kind in (*others, *self._on_device):
+        for kind in self._kinds:
             kind.solve(steps)
-        for some in self._sets:
-            yield some.step_(steps)
-        for kind in others:
-            yield kind.write_()
-        for kind in self._on_device:
-            yield dict.fromkeys(kind.write_(), _UNTOLD)
+        zeros: Zeros = {}
+        for kind in self._kinds:
+            zeros |= kind.write_()
+        return zeros
 
     def settle(self, steps: dict[str, float]) -> None:
         for kind in self._on_device:
             kind.settle(steps)
 
 
-class _Set:
-    """Plain parameters that stay in the cache between being read and being written."""
-
-    def __init__(self, targets: Sequence[Target], tell_zeros: bool) -> None:
-        self._targets, self._tell_zeros = targets, tell_zeros
-        self._stepped: list[Target] = []
-        self._resident = Resident(())
-
-    def step_(self, steps: Steps) -> Zeros:
-        stepped = [target for target in self._targets if steps[target.key] > 0]
-        if not stepped:
-            return {}
-        if stepped != self._stepped:
-            self._stepped, self._resident = stepped, Resident(stepped)
-        found = factors(self._resident.squares(), stepped, steps, _again)
-        self._resident.multiply_(found)
-        if not self._tell_zeros:
-            return {target.key: _UNTOLD for target in stepped}
-        zero = torch.from_numpy(found == 0).split([target.count for target in stepped])
-        return {target.key: part for target, part in zip(stepped, zero, strict=True)}
-
-
-def _again(target: Target) -> list[Vector]:
-    return [squares_anywhere(place.parameter, place.axes).numpy() for place in target.places]
-
-
 def _device(target: Target) -> torch.device | None:
     """Return where a target's weights are; None for several devices."""
     devices = {place.parameter.device for place in target.places}
     return devices.pop() if len(devices) == 1 else None
-
-
-def _cached(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Yield neighbouring targets whose weights stay in the cache together."""
-    some: list[Target] = []
-    held = 0
-    for target in targets:
-        size = sum(place.parameter.numel() * place.parameter.element_size() for place in target.places)
-        if some and held + size > _CACHED:
-            yield some
-            some, held = [], 0
-        some.append(target)
-        held += size
-    if some:
-        yield some
 
 
 def _in_rounds(targets: Sequence[Target]) -> list[list[Target]]:

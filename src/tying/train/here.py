@@ -17,10 +17,42 @@ from torch import Tensor
 from tying.axes import adder, broadcast, finer, in_memory_order, multiply_, quiet, scaled, squares_anywhere
 from tying.penalties.tensors import Vector
 from tying.train.rules import Place, Target
+from tying.train.shrink import Steps, factors
 
 
-class Resident:
-    """The groups of targets whose parameters are plain tensors on the CPU, target after target."""
+class Here:
+    """Targets whose parameters are plain tensors on the CPU, under penalties on norms."""
+
+    def __init__(self, targets: Sequence[Target], tell_zeros: bool) -> None:
+        self._targets, self._tell_zeros = targets, tell_zeros
+        self._stepped: list[Target] = []
+        self._groups = GroupsHere(())
+        self._factors = np.empty(0)
+
+    def solve(self, steps: Steps) -> None:
+        """Find what every group is multiplied by.
+
+        Raises:
+            PenaltyError: Names the parameter that has NaN or infinity in it.
+        """
+        stepped = [target for target in self._targets if steps[target.key] > 0]
+        if stepped != self._stepped:
+            self._stepped, self._groups = stepped, GroupsHere(stepped)
+        if stepped:
+            self._factors = factors(self._groups.squares(), stepped, steps, _again)
+
+    def write_(self) -> dict[str, Tensor]:
+        """Multiply the weights; return which groups are zero, by the key of their target, if that was asked for."""
+        if self._stepped:
+            self._groups.multiply_(self._factors)
+        if not self._tell_zeros or not self._stepped:
+            return {}
+        zero = torch.from_numpy(self._factors == 0).split([target.count for target in self._stepped])
+        return {target.key: part for target, part in zip(self._stepped, zero, strict=True)}
+
+
+class GroupsHere:
+    """The groups of targets, target after target, prepared."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         firsts = np.cumsum([0, *(target.count for target in targets)]).tolist()
@@ -79,9 +111,15 @@ class Resident:
                 pair = broadcast(place.parameter.detach(), place.axes, own) if view is None else scaled(view, own)
                 self._views.append(pair[0])
                 self._factors.append(pair[1])
+        self._views.reverse()  # those that were read last are written first: they may still be in the cache
+        self._factors.reverse()
         joined = np.concatenate(groups)
         plain = np.array_equal(joined, np.arange(self._count))
         self._groups = None if plain else torch.from_numpy(joined.astype(np.int32))
+
+
+def _again(target: Target) -> list[Vector]:
+    return [squares_anywhere(place.parameter, place.axes).numpy() for place in target.places]
 
 
 def _read(place: Place) -> tuple[Tensor | None, int]:
