@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,50 @@ def test_without_a_penalty_the_derivative_is_the_identity_at_zero_too():
         assert gradcheck(lambda m, w=weights, s=step: prox_growl(m, w, s), zero.reshape(2, 2))
     one_zero = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda v: prox_owl(v, Oscar(0.0, 0.1)), one_zero)  # the last weight is 0
+
+
+def law_of_small_numbers(prox, shape: tuple[int, ...], weights: tuple[float, ...], jacobian=None) -> int:
+    """At small whole numbers, kinks left out: the Jacobian of finite differences. How many points that were."""
+    found = 0
+    size, step = int(np.prod(shape)), 2.0**-12
+    directions = torch.cat([torch.eye(size), torch.randn(6, size, generator=torch.Generator().manual_seed(0))]).double()
+    for numbers in product((0.0, 1.0, -3.0), repeat=size):
+        v = torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+
+        def run(v):
+            return prox(v.reshape(shape), weights).flatten()
+
+        ahead = torch.stack([(run(v.flatten() + step * d) - run(v)) / step for d in directions])
+        behind = torch.stack([(run(v) - run(v.flatten() - step * d)) / step for d in directions])
+        slopes = (ahead + behind) / 2
+        if (ahead - behind).abs().max() < 0.03 and (directions @ slopes[:size] - slopes).abs().max() < 0.03:
+            found += 1
+            exact = (jacobian or torch.func.jacrev)(run)(v.flatten())
+            assert (exact - slopes[:size].T).abs().max() < 0.03, (numbers, weights)
+    return found
+
+
+SMALL_WEIGHTS = [w for n in (1, 2, 3) for w in product((0.0, 1.0, 3.0), repeat=n) if list(w) == sorted(w)[::-1]]
+
+
+def test_the_derivative_is_right_wherever_there_is_one():
+    """Zeros that meet no threshold too: they are free, unless something that becomes zero draws them along."""
+    assert sum(law_of_small_numbers(prox_owl, (len(w),), w) for w in SMALL_WEIGHTS) > 100
+    assert sum(law_of_small_numbers(prox_growl, (len(w), 1), w) for w in SMALL_WEIGHTS) > 100
+    assert sum(law_of_small_numbers(prox_growl, (2, 2), w) for w in SMALL_WEIGHTS if len(w) == 2) > 100
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_the_law_of_small_numbers_refuses_zeros_that_are_always_free(shape):
+    def free(run):
+        def jacobian(v):
+            found = torch.func.jacrev(run)(v)
+            return torch.where((v == 0).diag(), 0.5, found)
+
+        return jacobian
+
+    with pytest.raises(AssertionError):
+        law_of_small_numbers(prox_owl if len(shape) == 1 else prox_growl, shape, (3.0, 0.0), free)
 
 
 # Groups.

@@ -118,9 +118,12 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
 def _differentiable_growl(matrix: Tensor, thresholds: Vector) -> Tensor:
     norms = derivative.norms(matrix)
     zero = norms == 0
-    factors = derivative.prox(norms, thresholds) / torch.where(zero, 1.0, norms)
-    # Zero groups that no threshold is left for would stay what they become: around them the prox is the identity.
-    spared = zero & (zero.sum() <= int(np.count_nonzero(thresholds == 0)))
+    wanted = derivative.prox(norms, thresholds)
+    factors = wanted / torch.where(zero, 1.0, norms)
+    # Around zero groups that meet no threshold the prox is the identity, unless another group becomes zero: it would
+    # draw them along.
+    free = zero.sum() <= int(np.count_nonzero(thresholds == 0))
+    spared = zero & free & ((wanted == 0).sum() == zero.sum())
     precise = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     factors = torch.where(spared, 1.0, factors).to(precise)
     return (matrix * factors[:, None]).to(matrix.dtype) + 0.0

@@ -133,7 +133,9 @@ def pooled(values: NDArray[Any], thresholds: Vector) -> tuple[Indices, Vector]:
         starts = np.flatnonzero(np.concatenate([[True], ~joined]))
         level = np.maximum.reduceat(lowered, starts) == np.minimum.reduceat(lowered, starts)
         joined &= ~np.repeat(level, np.diff(starts, append=len(fit)))[1:]
-    alive = (fit > 0) | ((ordered == 0) & (limits == 0))
+    alive = fit > 0
+    # Zeros that meet no threshold move freely, unless something else is at zero, or below: that would draw them along.
+    alive |= (alive | ((ordered == 0) & (limits == 0))).all()
     labels, signs = np.empty(len(fit), np.intp), np.empty(len(fit))
     labels[order] = np.cumsum(np.concatenate([[False], ~joined]))[: len(fit)]
     signs[order] = alive
