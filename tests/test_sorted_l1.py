@@ -349,6 +349,17 @@ def test_the_order_in_segments_is_lexicographic(sizes):
         np.testing.assert_array_equal(segment[ranked], segment[expected])
 
 
+def test_numbers_that_the_keys_do_not_tell_apart_are_sorted_where_they_are(monkeypatch):
+    """Norms of many layers concentrate: the segments in which two are out of order are few, and so is the work."""
+    values = np.random.default_rng(0).random(8000)
+    values[4001:4003] = 0.5 + 2.0**-53, 0.5
+    sizes = np.array([1000] * 8)
+    monkeypatch.setattr(np, "lexsort", None)
+    ranked, ordered = ascending_in_segments(values, sizes)
+    np.testing.assert_array_equal(ordered.reshape(8, 1000), np.sort(values.reshape(8, 1000)[::-1], axis=1))
+    np.testing.assert_array_equal(values[ranked], ordered)
+
+
 @pytest.mark.parametrize("n", [1, 2, 50, 1024, 1025, 5000])
 def test_the_public_regression_is_the_bare_one(n, monkeypatch):
     values = np.random.default_rng(n).standard_normal(n) + np.linspace(-1, 1, n)
@@ -373,7 +384,53 @@ def test_ties_that_rounding_tells_apart_are_made_equal_again():
     np.testing.assert_array_equal(fit, [1.0, 1.0, 1.0, 3.0])
 
 
-def test_threads_do_not_share_what_they_borrow():
+def fakes(real):
+    """SciPy's routine, changed in ways that the values alone would not tell."""
+    return {
+        "other edges": lambda x, w, r: (*real(x, w, r)[:2], np.arange(len(r)), len(r) - 1),
+        "other count": lambda x, w, r: (*(found := real(x, w, r))[:3], found[3] + 1),
+        "edges without 0": lambda x, w, r: (*(found := real(x, w, r))[:2], np.roll(found[2], -1), found[3] - 1),
+        "not in place": lambda x, w, r: real(x.copy(), w, r),
+        "in place by halves": lambda x, w, r: (x, w, r, real(x.copy(), w, r)[3]),
+        "another signature": lambda x, w: real(x, w, None),
+        "another error": lambda x, w, r: {}["gone"],
+        "another result": lambda x, w, r: real(x, w, r)[0],
+    }
+
+
+@pytest.mark.parametrize("fake", fakes(None))
+def test_a_routine_that_has_changed_is_not_used(fake, monkeypatch):
+    import scipy.optimize._pava_pybind as bound
+
+    monkeypatch.setattr(isotonic, "_routine", isotonic._routine.__wrapped__)
+    assert isotonic._routine() is bound.pava
+    monkeypatch.setattr(bound, "pava", fakes(bound.pava)[fake])
+    assert isotonic._routine() is by_public_name
+    law_of_exactness(through_tensors, ("rounded", "oscar", 1500), np.float64)
+
+
+@pytest.mark.parametrize("n", [100, 1000, 60_000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_prox_may_be_interrupted_by_another(n, dtype, monkeypatch):
+    """As by a signal's handler, or a finaliser."""
+    v, other = np.random.default_rng(n).standard_normal((2, n)).astype(dtype)
+    expected, real, depth = through_tensors(v, Ramp(3.0)(n) / 9), sorted_l1.pool, []
+
+    def interrupted(values):
+        if not depth:
+            depth.append(1)
+            through_tensors(other, Ramp(1.0)(n))
+            edges = real(values)
+            through_tensors(other, Ramp(1.0)(n))
+            return edges
+        return real(values)
+
+    monkeypatch.setattr(sorted_l1, "pool", interrupted)
+    np.testing.assert_array_equal(through_tensors(v, Ramp(3.0)(n) / 9), expected)
+    assert depth
+
+
+def test_threads_share_nothing():
     rng = np.random.default_rng(0)
     vectors = [rng.standard_normal(50_000) for _ in range(4)]
     expected = [shrink_vectors(v, Ramp(3.0)(50_000), 0.1) for v in vectors]
@@ -429,7 +486,7 @@ def test_views_are_read_as_what_they_show():
     assert torch.equal(prox_owl(negative, Ramp(3.0), 0.2), prox_owl(negative.clone().resolve_neg(), Ramp(3.0), 0.2))
 
 
-@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40), (130, 7), (2, 5000), (0, 4), (3, 0), (1, 1), (5, 1)])
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40), (130, 7), (5, 3000), (2, 5000), (0, 4), (3, 0), (1, 1), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_a_batch_is_its_vectors(shape, dtype):
     batch = torch.randn(shape, dtype=dtype)
@@ -437,8 +494,15 @@ def test_a_batch_is_its_vectors(shape, dtype):
     assert found.shape == shape
     assert found.dtype == dtype
     for index in np.ndindex(shape[:-1]):
-        alone = prox_owl(batch[index], Ramp(3.0), 0.2)
-        torch.testing.assert_close(found[index], alone, rtol=0, atol=10 * torch.finfo(dtype).eps)
+        assert torch.equal(found[index], prox_owl(batch[index], Ramp(3.0), 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_small_numbers_beside_a_large_one_are_not_tied_by_company(dtype):
+    v, weights = torch.tensor([1, 3e-15, 1e-15, 2e-15, 0], dtype=dtype), [4e-16, 3e-16, 2e-16, 1e-16, 0]
+    alone = prox_owl(v, weights)
+    assert len(alone.unique()) == 5
+    assert torch.equal(prox_owl(v.repeat(64, 1), weights), alone.repeat(64, 1))
 
 
 def test_a_number_by_itself_is_no_vector():

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tying.groups import group_norms
-from tying.penalties.sorted_l1 import Vector, pooled, shrink_vectors
+from tying.penalties.arrays import Vector
+from tying.penalties.sorted_l1 import NotFiniteError, pooled, shrink_vectors
 from tying.penalties.tensors import check_finite, one_zero, to_array
 
 Dims = tuple[int | None, ...]
@@ -125,7 +126,7 @@ def _solve(v: Tensor, thresholds: Vector) -> Tensor:
     values = to_array(v)
     try:
         return one_zero(torch.from_numpy(shrink_vectors(values, thresholds)).to(v.device, v.dtype))
-    except FloatingPointError:
+    except NotFiniteError:
         check_finite(values.reshape(-1), "entry")
         raise
 

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tying.penalties.workspace import borrow, places
-
-Indices = NDArray[np.intp]
+from tying.penalties.arrays import Indices, Vector
 
 FEW = 350
 """Below so many numbers, what surrounds the sort costs more than the sort."""
@@ -26,11 +24,11 @@ _WIDE = np.dtype(np.intp).itemsize == 8
 _MAGNITUDE = np.array(0x7FFFFFFF, dtype=np.uint32)
 
 
-def ascending(values: NDArray[Any]) -> tuple[Indices, NDArray[np.float64]]:
+def ascending(values: NDArray[Any]) -> tuple[Indices, Vector]:
     """Return the order in which the magnitudes of some values don't decrease, and the magnitudes in that order.
 
     Exact, by all bits of the numbers. NaN comes last, above infinity, so one look at the end tells whether all are
-    finite. Both results are borrowed: they hold until the next call in this thread, and may be written to.
+    finite. Both results may be written to.
 
     Args:
         values: `(n,)`, float32 or float64, C-contiguous.
@@ -49,10 +47,8 @@ def ascending(values: NDArray[Any]) -> tuple[Indices, NDArray[np.float64]]:
     return _ascending_single(values) if values.itemsize == 4 else _ascending_double(values)
 
 
-def ascending_in_segments(magnitudes: NDArray[np.float64], sizes: Indices) -> tuple[Indices, NDArray[np.float64]]:
+def ascending_in_segments(magnitudes: Vector, sizes: Indices) -> tuple[Indices, Vector]:
     """Return the order of magnitudes within consecutive segments, the last segment first, and them in that order.
-
-    The order is borrowed, as that of `ascending`.
 
     Args:
         magnitudes: `(n,)` float64, ≥ 0, finite, C-contiguous.
@@ -68,49 +64,52 @@ def ascending_in_segments(magnitudes: NDArray[np.float64], sizes: Indices) -> tu
         return order, magnitudes[order]
     labels <<= np.uint64(58)
     room = _room(magnitudes)
-    keys = borrow("keys", len(magnitudes), np.uint64)
-    np.right_shift(magnitudes.view(np.uint64), np.uint64(5), out=keys)
+    keys = np.right_shift(magnitudes.view(np.uint64), np.uint64(5))
     keys &= np.uint64(0xFFFFFFFFFFFFFFFF & ~room)
     keys |= np.repeat(labels, sizes)
     order = _sorted_places(keys, room)
     ordered = magnitudes[order]
-    falls = ordered[1:] < ordered[:-1]
-    falls[np.cumsum(sizes[:0:-1]) - 1] = False  # from one segment to the next
-    if np.count_nonzero(falls):
-        order = np.lexsort((magnitudes, np.repeat(labels, sizes)))
-        return order, magnitudes[order]
+    _mend_(order, ordered, np.cumsum(sizes[::-1]))
     return order, ordered
 
 
-def _ascending_single(values: NDArray[np.float32]) -> tuple[Indices, NDArray[np.float64]]:
+def _ascending_single(values: NDArray[np.float32]) -> tuple[Indices, Vector]:
     """The 31 bits of a magnitude fit above the place."""
-    keys, ordered = borrow("keys", len(values), np.uint64), borrow("ordered", len(values), np.float64)
-    keys[:] = places(len(values))
+    keys = np.arange(len(values), dtype=np.uint64)
     upper = keys.view(np.uint32)[_HIGH::2]
     np.bitwise_and(values.view(np.uint32), _MAGNITUDE, out=upper)
     keys.sort()
-    ordered[:] = upper.view(np.float32)
+    ordered = upper.view(np.float32).astype(np.float64)
     upper.fill(0)
     return keys.view(np.intp), ordered
 
 
-def _ascending_double(values: NDArray[np.float64]) -> tuple[Indices, NDArray[np.float64]]:
+def _ascending_double(values: NDArray[np.float64]) -> tuple[Indices, Vector]:
     """The 63 bits of a magnitude don't: the lowest make room, and the few that they told apart are sorted once more."""
     room = _room(values)
-    keys, ordered = borrow("keys", len(values), np.uint64), borrow("ordered", len(values), np.float64)
-    np.bitwise_and(values.view(np.uint64), np.uint64(0x7FFFFFFFFFFFFFFF & ~room), out=keys)
+    keys = np.bitwise_and(values.view(np.uint64), np.uint64(0x7FFFFFFFFFFFFFFF & ~room))
     order = _sorted_places(keys, room)
-    np.take(values, order, out=ordered, mode="clip")  # the default mode would work on a copy
+    ordered = values[order]
     np.abs(ordered, out=ordered)
-    if (ordered[1:] < ordered[:-1]).any():
-        mended = np.argsort(ordered, kind="stable")  # nearly sorted: cheap
-        return order[mended], ordered[mended]
+    _mend_(order, ordered, np.array([len(values)]))
     return order, ordered
+
+
+def _mend_(order: Indices, ordered: Vector, ends: Indices) -> None:
+    """Sort again, in place, the segments in which numbers fall somewhere: nearly sorted, so that is cheap."""
+    falls = ordered[1:] < ordered[:-1]
+    falls[ends[:-1] - 1] = False  # from one segment to the next
+    if not np.count_nonzero(falls):
+        return
+    for segment in np.unique(np.searchsorted(ends, np.flatnonzero(falls), side="right")).tolist():
+        part = slice(int(ends[segment - 1]) if segment else 0, int(ends[segment]))
+        mended = np.argsort(ordered[part], kind="stable")
+        order[part], ordered[part] = order[part][mended], ordered[part][mended]
 
 
 def _sorted_places(keys: NDArray[np.uint64], room: int) -> Indices:
     """Return the order of `(n,)` keys whose lowest bits are free, in their place."""
-    keys |= places(len(keys))
+    keys |= np.arange(len(keys), dtype=np.uint64)
     keys.sort()
     keys &= np.uint64(room)
     return keys.view(np.intp)

@@ -17,9 +17,10 @@ from torch.autograd import forward_ad
 
 from tying.errors import PenaltyError
 from tying.penalties import derivative
+from tying.penalties.arrays import Vector
 from tying.penalties.sequences import SequenceLike, check_not_negative
 from tying.penalties.sequences import weights as weights_of
-from tying.penalties.sorted_l1 import Vector, shrink_sorted, shrink_vectors
+from tying.penalties.sorted_l1 import NotFiniteError, shrink_sorted, shrink_vectors
 from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
 
 _is_compiling = torch.compiler.is_compiling
@@ -73,7 +74,7 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         return derivative.prox(v, step * numbers)
     try:
         return torch.from_numpy(shrink_vectors(values, numbers, step))
-    except FloatingPointError:
+    except NotFiniteError:
         check_finite(values.reshape(-1), "entry")
         raise
 

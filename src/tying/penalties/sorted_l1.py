@@ -8,18 +8,21 @@ sorts do. Source: Bogdan et al., arXiv 1407.3824.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tying.penalties.isotonic import Indices, Vector, pool
+from tying.penalties.arrays import Indices, Vector
+from tying.penalties.isotonic import pool, pool_segments
 from tying.penalties.order import FEW, ascending, ascending_in_segments
-from tying.penalties.workspace import borrow
 
 _TOGETHER = 64
-"""Segments in one regression. Each is offset by 2.5 from the last, so the furthest is rounded to 80 half eps."""
+"""Segments in one sort: their labels take the six bits that magnitudes leave."""
+
+_ALONE = 4096
+"""A segment as long gains nothing from company."""
 
 _LONG = 1024
 """The mean of a longer block is taken anew: added up one by one, so many numbers are off by 512 eps at worst."""
@@ -29,11 +32,14 @@ _PART = 1 << 13
 _ZERO = {4: np.zeros((), np.float32), 8: np.zeros(())}
 """By item size: an array of no dimension costs a tenth of a microsecond, a Python number three."""
 
-_SHORT = 200
-"""Segments that are shorter, on the average, are averaged at once: so many calls would take longer."""
+_HUGE = 1e290
+"""Sums of numbers as large may overflow: they are made smaller first."""
 
-_ALONE = 4096
-"""A segment as long gains nothing from company."""
+_DOWN, _UP = 2.0**-64, 2.0**64
+
+
+class NotFiniteError(Exception):
+    """A number is NaN or infinite: for whoever knows what it is called to say so."""
 
 
 def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int] | None = None) -> Vector:
@@ -58,8 +64,11 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
     sizes = np.array([len(magnitudes)] if lengths is None else lengths, dtype=np.intp)
     sizes = sizes[sizes > 0]
     ends = np.cumsum(sizes)
-    if (thresholds[ends - sizes] == thresholds[ends - 1]).all():  # flat: the order doesn't matter
+    largest = thresholds[ends - sizes]
+    if (largest == thresholds[ends - 1]).all():  # flat: the order doesn't matter
         return np.maximum(magnitudes - thresholds, 0.0)
+    if largest.max() > _HUGE or magnitudes.max() > _HUGE:
+        return shrink_sorted(magnitudes * _DOWN, thresholds * _DOWN, lengths) * _UP
     if len(sizes) == 1:
         return _shrunk(magnitudes, thresholds)
     results: list[Vector] = []
@@ -84,7 +93,7 @@ def shrink_vectors(values: NDArray[Any], weights: Vector, step: float = 1.0) -> 
         `(…, n)`, rounded once from float64 to the dtype of the values.
 
     Raises:
-        FloatingPointError: If a value is NaN or infinite.
+        NotFiniteError: If a value is NaN or infinite.
 
     Example:
         >>> shrink_vectors(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
@@ -99,7 +108,7 @@ def shrink_vectors(values: NDArray[Any], weights: Vector, step: float = 1.0) -> 
     else:
         magnitudes = np.abs(values, dtype=np.float64).reshape(-1)
         if not magnitudes.max() < np.inf:
-            raise FloatingPointError
+            raise NotFiniteError
         count = len(magnitudes) // size
         shrunk = shrink_sorted(magnitudes, np.tile(step * weights, count), [size] * count)
         result = shrunk.astype(values.dtype, copy=False).reshape(values.shape)
@@ -167,10 +176,9 @@ def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices) -> Vector:
     thresholds, sizes = thresholds[::-1], sizes[::-1]
     ends = np.cumsum(sizes)
     lowered = ordered - thresholds
-    if len(lowered) < _SHORT * len(sizes):
-        fit = _averaged_at_once(lowered, np.maximum(ordered[ends - 1], thresholds[ends - 1]), sizes)
-    else:
-        fit = _averaged(lowered, ends)
+    fit = lowered.copy()
+    for start, end, edges in pool_segments(fit, ends, least=_LONG + 1):
+        _refine_(fit[start:end], edges, lowered[start:end].__getitem__)
     np.maximum(fit, 0.0, out=fit)
     equal = ordered[1:] == ordered[:-1]
     equal[ends[:-1] - 1] = False
@@ -180,44 +188,22 @@ def _solve(magnitudes: Vector, thresholds: Vector, sizes: Indices) -> Vector:
     return result
 
 
-def _averaged(lowered: Vector, ends: Indices) -> Vector:
-    """Return every segment made non-decreasing, by a regression for each."""
-    fit = lowered.copy()
-    start = 0
-    for end in ends.tolist():
-        edges = pool(fit[start:end])
-        if end - start - len(edges) + 2 > _LONG:
-            fit[start:end] = _averages(lowered[start:end], edges)
-        start = end
-    return fit
-
-
-def _averaged_at_once(lowered: Vector, units: Vector, sizes: Indices) -> Vector:
-    """Return every segment made non-decreasing, by one regression; no number of a segment exceeds its unit."""
-    apart = lowered / np.repeat(np.where(units > 0, units, 1.0), sizes)
-    apart += np.repeat(2.5 * (np.arange(len(sizes)) - len(sizes) / 2), sizes)
-    return _averages(lowered, pool(apart))  # what is averaged was decided with steps in between, the averages are not
-
-
-def _averages(values: Vector, edges: Indices) -> Vector:
-    counts = edges[1:] - edges[:-1]
-    return np.repeat(np.add.reduceat(values, edges[:-1]) / counts, counts)
-
-
 def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray[Any]:
     """Return what becomes of the magnitudes of one segment, signs left out, in the dtype of the values."""
     count = len(values)
     if not count:
         return np.empty(0, values.dtype)
-    if weights[0] == weights[-1]:
-        return _shrunk_by(step * float(weights[0]), values)
+    largest = weights.item(0)
+    if largest == weights.item(-1):
+        return _shrunk_by(step * largest, values)
+    if step * largest > _HUGE:
+        return _shrunk_huge(values, weights, step)
     if count < FEW:
         return _few(values, weights, step)
     order, ordered = ascending(values)
-    if not ordered[-1] < np.inf:  # NaN would be last, too
-        raise FloatingPointError
-    small = count <= _PART
-    equal = np.equal(ordered[1:], ordered[:-1], out=None if small else borrow("equal", count - 1, np.bool_))
+    if not ordered.item(-1) < _HUGE:  # NaN would be last, too
+        return _shrunk_huge(values, weights, step)
+    equal = ordered[1:] == ordered[:-1]
     limits = weights[::-1]
     positive = _lower_(ordered, limits, step)
     result = np.zeros(count, values.dtype)
@@ -228,28 +214,22 @@ def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray
         order, fit, limits, equal = order[positive:], fit[positive:], limits[positive:], equal[positive:]
     edges = pool(fit)
     if len(fit) - len(edges) + 2 > _LONG:
-        _refine(fit, edges, values, order, limits, step)
+        _refine_(fit, edges, lambda part: np.abs(values[order[part]], dtype=np.float64) - step * limits[part])
     if fit[0] < 0.0:
         np.maximum(fit, _ZERO[8], out=fit)
     if np.count_nonzero(equal):
         _equalise(fit, equal)
-    if small:
-        result[order] = fit.astype(values.dtype)  # narrowed in order: cheaper than in places
-    else:
-        for part in _parts(len(fit)):
-            result[order[part]] = fit[part].astype(values.dtype)
+    for part in _parts(len(fit)):
+        result[order[part]] = fit[part].astype(values.dtype)  # narrowed in order: cheaper than in places
     return result
 
 
 def _lower_(ordered: Vector, limits: Vector, step: float) -> int:
     """Take step · limits from magnitudes in place; return up to where none stays positive, or 0 if that is not far."""
     count = len(ordered)
-    if count <= _PART:
-        ordered -= step * limits
-    else:
-        for part in _parts(count):
-            lowered = ordered[part]
-            lowered -= step * limits[part]
+    for part in _parts(count):
+        lowered = ordered[part]
+        lowered -= step * limits[part]
     if ordered[count >> 3] > 0.0:
         return 0
     for part in _parts(count):
@@ -266,12 +246,12 @@ def _parts(count: int) -> Iterator[slice]:
 
 
 def _few(values: NDArray[Any], weights: Vector, step: float) -> NDArray[Any]:
-    """Do what `_shrunk` does where every call of a function counts: nothing borrowed, no parts, no long blocks."""
+    """Do what `_shrunk` does where every call of a function counts: no parts, no long blocks."""
     magnitudes = np.abs(values)
     order = magnitudes.argsort()
     ordered = magnitudes[order]
-    if not ordered[-1] < np.inf:
-        raise FloatingPointError
+    if not ordered.item(-1) < _HUGE:
+        return _shrunk_huge(values, weights, step)
     fit = ordered - step * weights[::-1]
     pool(fit)
     if fit[0] < 0.0:
@@ -288,18 +268,29 @@ def _shrunk_by(threshold: float, values: NDArray[Any]) -> NDArray[Any]:
     """Return what becomes of magnitudes that all have the same threshold: the order doesn't matter."""
     magnitudes = np.abs(values, dtype=np.float64)
     if not magnitudes.max() < np.inf:
-        raise FloatingPointError
+        raise NotFiniteError
     magnitudes -= threshold
     np.maximum(magnitudes, 0.0, out=magnitudes)
     return magnitudes.astype(values.dtype, copy=False)
 
 
-def _refine(fit: Vector, edges: Indices, values: NDArray[Any], order: Indices, limits: Vector, step: float) -> None:
+def _shrunk_huge(values: NDArray[Any], weights: Vector, step: float) -> NDArray[Any]:
+    """Do what `_shrunk` does, in units in which no sum overflows: a power of two, so that nothing is rounded.
+
+    Raises:
+        NotFiniteError: If a value is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise NotFiniteError
+    smaller = np.abs(values, dtype=np.float64) * _DOWN
+    return (_shrunk(smaller, weights * _DOWN, step) * _UP).astype(values.dtype)
+
+
+def _refine_(fit: Vector, edges: Indices, lowered: Callable[[slice], Vector]) -> None:
     """Take the means of long blocks anew, by pairwise summation, in place."""
     long = np.flatnonzero(edges[1:] - edges[:-1] > _LONG)
     for start, stop in zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True):
-        lowered = np.abs(values[order[start:stop]], dtype=np.float64) - step * limits[start:stop]
-        fit[start:stop] = lowered.mean()
+        fit[start:stop] = lowered(slice(start, stop)).mean()
     if len(long):
         np.maximum.accumulate(fit, out=fit)  # neighbours may be out of order by a rounding now
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tying.errors import PenaltyError
 from tying.groups import group_norms
-
-Vector = NDArray[np.float64]
+from tying.penalties.arrays import Vector
 
 
 def to_vector(tensor: Tensor) -> Vector:
