@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from tying.axes import adder, broadcast, finer, in_memory_order, multiply_, quie
 from tying.penalties.tensors import Vector
 from tying.train.rules import Place, Target
 from tying.train.shrink import Steps, factors
+
+Labels = NDArray[np.intp]
 
 
 class Here:
@@ -55,89 +57,81 @@ class GroupsHere:
     """The groups of targets, target after target, prepared."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        firsts = np.cumsum([0, *(target.count for target in targets)]).tolist()
-        self._count = int(firsts[-1])
-        self._places = [(place, firsts[turn]) for turn, target in enumerate(targets) for place in target.places]
+        stops = np.cumsum([0, *(target.count for target in targets)]).tolist()
+        spans = [slice(*each) for each in pairwise(stops)]
+        self._places = [(place, span) for target, span in zip(targets, spans, strict=True) for place in target.places]
         self._parameters = [place.parameter for place, _ in self._places]
+        self._count = int(stops[-1])
         self._memory: object = None
-        self._adders: list[tuple[slice, Callable[[], Vector]]] = []
-        self._views: list[Tensor] = []
-        self._factors: list[Tensor] = []
-        self._positions = torch.empty(0)
-        """What is multiplied by: `_factors` are views of it."""
-        self._groups: Tensor | None = None
-        """The group of every position; None: they are the groups."""
+        self._adders: list[tuple[slice, Callable[[], Vector], Labels | None]] = []
+        self._scale = torch.empty(0)
+        """Every group's factor; where groups lie in it one after the other, what multiplies is a view of it."""
+        self._fills: list[Callable[[], object]] = []
+        """Bring the factors to where they don't."""
+        self._pairs: tuple[list[Tensor], list[Tensor]] = [], []
 
     def squares(self) -> Vector:
         """Return the squared norms of all groups."""
         self._prepare()
-        sums = np.empty(len(self._positions))
+        totals = np.zeros(self._count)
         with quiet():
-            for span, add in self._adders:
-                sums[span] = add()
-        if self._groups is None:
-            return sums
-        joined = np.bincount(self._groups.numpy(), weights=sums, minlength=self._count + 1)
-        return cast(Vector, joined[: self._count])
+            for span, add, labels in self._adders:
+                if labels is None:
+                    totals[span] = add()
+                else:
+                    totals[span] += np.bincount(labels + 1, weights=add(), minlength=span.stop - span.start + 1)[1:]
+        return totals
 
     def multiply_(self, factors: Vector) -> None:
         """Multiply every group by its factor; of parameters that are frozen now, nothing changes."""
         self._prepare()
-        given = torch.from_numpy(factors)
-        if self._groups is not None:
-            given = torch.cat([given, given.new_ones(1)]).index_select(0, self._groups)
-        self._positions.copy_(given)
-        multiply_(self._views, self._factors, some_are_zero=not factors.all())
+        self._scale.copy_(torch.from_numpy(factors))
+        for fill in self._fills:
+            fill()
+        multiply_(*self._pairs, some_are_zero=not factors.all())
 
     def _prepare(self) -> None:
         memory = [(p.data_ptr(), p.stride(), p.requires_grad) for p in self._parameters]
         if memory == self._memory:
             return
         with torch.inference_mode(False):  # views made in inference mode could not be written to outside of it
-            self._prepare_views()
+            precise = any(parameter.dtype == torch.float64 for parameter in self._parameters)
+            self._scale = torch.empty(self._count, dtype=torch.float64 if precise else torch.float32)
+            self._adders, self._fills = [], []
+            pairs: list[tuple[Tensor, Tensor]] = []
+            for place, span in self._places:
+                view = in_memory_order(place.parameter.detach(), place.axes)
+                add = partial(_squares_with_gaps, place) if view is None else adder(view)
+                self._adders.append((span, add, place.labels))
+                if place.parameter.requires_grad:
+                    pairs.append(self._pair(place, view, self._scale[span]))
+        # Those that were read last are written first: they may still be in the cache.
+        self._pairs = [view for view, _ in reversed(pairs)], [own for _, own in reversed(pairs)]
         self._memory = memory
 
-    def _prepare_views(self) -> None:
-        readings = [(place, *_read(place), first) for place, first in self._places]
-        groups = [_groups(place, repeats, first, self._count) for place, _, repeats, first in readings]
-        sizes = [len(mine) for mine in groups]
-        precise = any(parameter.dtype == torch.float64 for parameter in self._parameters)
-        self._positions = torch.empty(sum(sizes), dtype=torch.float64 if precise else torch.float32)
-        self._adders, self._views, self._factors = [], [], []
-        stop = 0
-        for (place, view, _, _), own in zip(readings, self._positions.split(sizes), strict=True):
-            self._adders.append((slice(stop, stop := stop + len(own)), _adder(place, view)))
-            if place.parameter.requires_grad:
-                pair = broadcast(place.parameter.detach(), place.axes, own) if view is None else scaled(view, own)
-                self._views.append(pair[0])
-                self._factors.append(pair[1])
-        self._views.reverse()  # those that were read last are written first: they may still be in the cache
-        self._factors.reverse()
-        joined = np.concatenate(groups)
-        plain = np.array_equal(joined, np.arange(self._count))
-        self._groups = None if plain else torch.from_numpy(joined.astype(np.int32))
+    def _pair(self, place: Place, view: Tensor | None, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a view of a parameter, and what it is multiplied by, once the fills are done."""
+        if place.labels is not None:
+            index = torch.from_numpy(np.where(place.labels < 0, len(factors), place.labels).astype(np.int32))
+            joined, factors = factors, factors.new_empty(len(index))
+            self._fills.append(partial(_gather_, factors, joined, index))
+        if view is None:
+            return broadcast(place.parameter.detach(), place.axes, factors)
+        view, repeats = finer(view)
+        if repeats > 1:
+            once, factors = factors, factors.new_empty(len(factors) * repeats)
+            self._fills.append(partial(factors.view(-1, repeats).copy_, once[:, None]))
+        return scaled(view, factors)
 
 
-def _again(target: Target) -> list[Vector]:
-    return [squares_anywhere(place.parameter, place.axes).numpy() for place in target.places]
-
-
-def _read(place: Place) -> tuple[Tensor | None, int]:
-    """Return a view and how many of its positions a group has at each of its own; None where there is no view."""
-    view = in_memory_order(place.parameter.detach(), place.axes)
-    return (None, 1) if view is None else finer(view)
-
-
-def _adder(place: Place, view: Tensor | None) -> Callable[[], Vector]:
-    return partial(_squares_with_gaps, place) if view is None else adder(view)
+def _gather_(out: Tensor, factors: Tensor, index: Tensor) -> None:
+    """Write the factor at every index; 1 for the index behind the last."""
+    torch.index_select(torch.cat([factors, factors.new_ones(1)]), 0, index, out=out)
 
 
 def _squares_with_gaps(place: Place) -> Vector:
     return squares_anywhere(place.parameter, place.axes).numpy()
 
 
-def _groups(place: Place, repeats: int, first: int, none: int) -> NDArray[np.intp]:
-    """Return the group of every position of a place: its label after `first`, or `none`."""
-    count = int(np.prod([place.parameter.shape[axis] for axis in place.axes], dtype=np.intp))
-    labels = np.arange(count) if place.labels is None else place.labels
-    return np.repeat(np.where(labels < 0, none, labels + first), repeats)
+def _again(target: Target) -> list[Vector]:
+    return [_squares_with_gaps(place) for place in target.places]
