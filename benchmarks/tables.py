@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results: `python -m benchmarks.tables`. Nothing is typed in by hand."""
+"""Writes the tables of both READMEs from the results: `python -m benchmarks.tables`. Nothing is typed in by hand."""
 
 from __future__ import annotations
 
@@ -22,24 +22,32 @@ NAMES = {
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, tables in {ROOT / "README.md": front, ROOT / "benchmarks" / "README.md": details}.items():
+        page.write_text(updated(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
 
 
-def updated(readme: str) -> str:
-    """Return the README with the tables of the results as they are now."""
-    before, rest = readme.split(BEGIN, 1)
+def updated(page: str, tables: Iterator[str]) -> str:
+    """Return a page with the tables of the results as they are now."""
+    before, rest = page.split(BEGIN, 1)
     marker, rest = rest.split("\n", 1)
     after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}{marker}\n\n" + "\n".join(tables()) + f"\n\n{END}{after}"
+    return f"{before}{BEGIN}{marker}\n\n" + "\n".join(tables) + f"\n\n{END}{after}"
 
 
-def tables() -> Iterator[str]:
+def front() -> Iterator[str]:
+    """What the project gives, in short."""
     yield from mnist(_read("mnist"))
     yield from max_drop(_read("max_drop"))
-    yield from selection(_read("selection"))
     yield from speed(_read("compact_speed"), _read("stage_one_cost"))
+    for case in _read("prox")["training"]:
+        yield f"- {case['network']}: a training step with GrOWL after it takes {_ratio(case['ratio'])} × one without."
+
+
+def details() -> Iterator[str]:
+    """What the prox costs and what it selects."""
     yield from prox(_read("prox"))
+    yield ""
+    yield from selection(_read("selection"))
 
 
 def mnist(results: dict[str, Any]) -> Iterator[str]:
@@ -97,32 +105,38 @@ def speed(compacted: dict[str, Any], stage_one: dict[str, Any]) -> Iterator[str]
 
 
 def prox(results: dict[str, Any]) -> Iterator[str]:
+    yield "### The prox"
     yield ""
     yield (
-        "A step of GrOWL over all layers, one thread, ÷ a plain group-lasso loop (`vector_norm`, `mul_`) over "
-        "the same groups, median and quartiles; extra memory is what preparing and taking a step holds, ÷ the weights:"
+        "A step of GrOWL over all layers, one thread, ÷ a plain group-lasso loop (`vector_norm`, `mul_`) over the same "
+        "groups, and ÷ bare memory traffic (every weight read, then read and written), median and quartiles; where the "
+        "time goes; what preparing and taking a first step holds, ÷ the weights:"
     )
     yield ""
-    yield "| network | over outputs | over inputs | extra memory |"
-    yield "|---|---|---|---|"
-    cases = {(case["network"], case["groups"]): case for case in results["layers"]}
-    for network in dict.fromkeys(name for name, _ in cases):
-        ratios = [_ratio(cases[network, kind]["ratio"]) for kind in ("outputs", "inputs")]
-        memory = max(cases[network, kind]["extra_memory"] for kind in ("outputs", "inputs"))
-        yield f"| {network} | {' | '.join(ratios)} | {memory:.1%} |"
+    yield "| network | groups | ÷ plain loop | ÷ traffic | reading, solving, scaling | extra memory |"
+    yield "|---|---|---|---|---|---|"
+    for case in results["layers"]:
+        share = ", ".join(f"{case['share'][part]:.0%}" for part in ("read", "solve", "scale"))
+        ratios = f"{_ratio(case['ratio'])} | {_ratio(case['ratio_to_memory_traffic'])}"
+        yield f"| {case['network']} | {case['groups']} | {ratios} | {share} | {case['extra_memory']:.1%} |"
     yield ""
-    for case in results["training"]:
-        yield f"- {case['network']}: a training step with a prox after it takes {_ratio(case['ratio'])} × one without."
+    vectors = results["vector"]
+    missing = [name for name, version in vectors[0]["peers"].items() if version == "missing"]
+    beside = ", ".join(f"{name} {version}" for name, version in vectors[0]["peers"].items() if version != "missing")
+    yield (
+        f"`prox_owl` of a float32 vector ÷ the time of the fastest peer, from tensor to tensor; beside it: {beside}"
+        f"{'; not installed: ' + ', '.join(missing) if missing else ''}. Weights come as a sequence that was checked "
+        "once, or as an array that is checked at every call:"
+    )
     yield ""
-    yield "`prox_owl` of a float32 vector ÷ the time of the fastest peer, from tensor to tensor:"
-    yield ""
-    sizes = list(results["vector"][0]["sizes"])
+    sizes = list(vectors[0]["sizes"])
     yield "| n | " + " | ".join(f"{int(size):,}" for size in sizes) + " |"
     yield "|---|" + "---|" * len(sizes)
-    for vector in results["vector"]:
+    for vector in vectors:
         cases = [vector["sizes"][size] for size in sizes]
-        cells = [f"{case['ratio']['tying']['median']:.2f} ({case['fastest_peer']})" for case in cases]
-        yield f"| {cases[-1]['zeros']:.0%} become zero | " + " | ".join(cells) + " |"
+        for name, weights in (("tying", "a sequence"), ("tying, weights as an array", "an array")):
+            cells = [f"{case['ratio'][name]['median']:.2f} ({case['fastest_peer']})" for case in cases]
+            yield f"| {cases[-1]['zeros']:.0%} become zero, {weights} | " + " | ".join(cells) + " |"
 
 
 def _ratio(spread: dict[str, float]) -> str:
