@@ -21,8 +21,9 @@ Numbers = NDArray[np.floating]
 
 SAFE = (1e-24, 1e30)
 """Between these lies the largest of some squares if forming them in float32 has lost nothing that counts."""
-_ADDED = 8
-"""So many squares are added up in float32; the sums of those in float64: norms are 1e-7 off at most."""
+_ADDED = (8, 10, 9, 7, 6, 5)
+"""So many squares are added up in float32, the first number that divides; the sums of those in float64. Norms are 1e-7
+off at most."""
 _HELD = 1 << 16
 """Sums in float32 that are held at once."""
 _DOT = 1024
@@ -156,11 +157,12 @@ def multiply_(views: list[Tensor], factors: list[Tensor], *, some_are_zero: bool
 
 
 def _in_blocks(matrix: Numbers) -> tuple[list[Numbers], Numbers]:
-    """Return an `(A, m)` matrix as `(k, 8, m)` blocks, and what is left over of A."""
-    whole = len(matrix) - len(matrix) % _ADDED
-    rows = _ADDED * max(1, _HELD // matrix.shape[1])
+    """Return an `(A, m)` matrix as blocks `(k, added, m)`, and what is left over of A."""
+    added = next((number for number in _ADDED if len(matrix) % number == 0), _ADDED[0])
+    whole = len(matrix) - len(matrix) % added
+    rows = added * max(1, _HELD // matrix.shape[1])
     cut = [matrix[start : min(start + rows, whole)] for start in range(0, whole, rows)]
-    return [block.reshape(-1, _ADDED, matrix.shape[1]) for block in cut], matrix[whole:]
+    return [block.reshape(-1, added, matrix.shape[1]) for block in cut], matrix[whole:]
 
 
 def _sum_blocks(blocks: list[Numbers], rest: Numbers) -> Squares:

@@ -83,8 +83,7 @@ class GroupsHere:
         return totals
 
     def multiply_(self, factors: Vector) -> None:
-        """Multiply every group by its factor; of parameters that are frozen now, nothing changes."""
-        self._prepare()
+        """Multiply every group by its factor; `squares` comes first. Of what is frozen now, nothing changes."""
         self._scale.copy_(torch.from_numpy(factors))
         for fill in self._fills:
             fill()

@@ -22,7 +22,7 @@ class Scattered:
     def __init__(self, targets: Sequence[Target], watched: Sequence[Place]) -> None:
         self._targets = targets
         # Of the watched only this rank's numbers are known here, but every rank must refuse what one refuses.
-        self._watched = [replace(place, axes=()) for place in watched if is_sharded(place.parameter)]
+        self._watched = [replace(place, axes=()) for place in watched]
         self._weights = Weights([*(place for target in targets for place in target.places), *self._watched])
         self._message = Message(list(self._weights.pieces.values()))
         self._solved: list[Target] = []

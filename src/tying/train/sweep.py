@@ -7,6 +7,7 @@ targets are shrunk in one call, and the weights are multiplied in place. Beside 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from tying.train.shards import is_sharded
 
 Zeros = dict[str, Tensor]
 """Which groups are zero after a prox, by the key of their target: `(G,)` bool; told where it is asked for, at least."""
+
+Kind: TypeAlias = "Scattered | OnDevice | OnNumbers | Here"
+"""Each solves for its targets first, and writes then."""
 
 _CPU = torch.device("cpu")
 
@@ -62,9 +66,12 @@ class _Round:
         norms = [target for target in targets if acts_on_norms(target.penalty) and target.count]
         sharded = [target for target in norms if any(is_sharded(place.parameter) for place in target.places)]
         self._tell_zeros, self._asynchronous = tell_zeros, asynchronous
-        # Sharded first: once their message is sent, what is wrong on one rank is told on all of them.
-        watched = [target.places[0] for target in numbers]
-        self._fixed = Scattered(sharded, watched), OnNumbers(numbers, tell_zeros)
+        self._fixed: list[Kind] = []
+        watched = [target.places[0] for target in numbers if is_sharded(target.places[0].parameter)]
+        if sharded or watched:  # first: once their message is sent, what is wrong on one rank is told on all of them
+            self._fixed.append(Scattered(sharded, watched))
+        if numbers:
+            self._fixed.append(OnNumbers(numbers, tell_zeros))
         self._plain = [target for target in norms if target not in sharded]
         self._parameters = [place.parameter for target in self._plain for place in target.places]
         self._plan()
@@ -79,7 +86,11 @@ class _Round:
         alone = [device for device in by_device if device is not None and self._asynchronous]
         self._on_device = [OnDevice(by_device.pop(device)) for device in alone]
         elsewhere = [target for some in by_device.values() for target in some]
-        self._kinds = *self._fixed, Scattered(elsewhere, ()), *self._on_device, Here(here, self._tell_zeros)
+        self._kinds: list[Kind] = [*self._fixed, *self._on_device]
+        if elsewhere:
+            self._kinds.append(Scattered(elsewhere, ()))
+        if here:
+            self._kinds.append(Here(here, self._tell_zeros))
 
     def step_(self, steps: dict[str, float]) -> Zeros:
         if [parameter.device for parameter in self._parameters] != self._devices:  # the model was moved
