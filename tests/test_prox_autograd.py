@@ -283,9 +283,13 @@ def test_what_is_not_finite_is_named_with_gradients_too():
     with pytest.raises(PenaltyError, match=r"NaN or infinity in 1 of 2, first at group 0"):
         prox_growl(bad, Ramp(3.0))
     for norm in (owl_norm, owl_dual_norm):
-        with pytest.raises(PenaltyError, match=r"NaN or infinity in 1 of 4, first at entry 1"):
+        with pytest.raises(
+            PenaltyError, match=r"[xu]: expected finite numbers, got NaN or infinity in 1 of 4, first at"
+        ):
             norm(bad, Ramp(3.0))
-    with pytest.raises(PenaltyError, match="sequence: expected numbers"):
+        with pytest.raises(PenaltyError, match=r"NaN or infinity in 1 of 4, first at entry 1"):
+            norm(bad.detach(), Ramp(3.0))
+    with pytest.raises(PenaltyError, match="weights: expected numbers"):
         prox_owl(torch.ones(2), torch.ones(2, requires_grad=True))
     with pytest.raises(PenaltyError, match="step: expected a finite number"):
         prox_owl(torch.ones(2), Ramp(3.0), torch.tensor(1.0, requires_grad=True))
@@ -333,6 +337,75 @@ def test_norms_are_differentiable_and_batched():
         assert found.shape == (3, 4)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found[1, 2], norm(batch[1, 2], Ramp(3.0)), rtol=1e-15, atol=0)
+
+
+def test_norms_inside_function_transforms():
+    batch = torch.randn(4, 9, dtype=torch.float64)
+    for norm in (owl_norm, owl_dual_norm):
+        expected = norm(batch, Ramp(3.0))
+        torch.testing.assert_close(
+            torch.func.vmap(lambda x, f=norm: f(x, Ramp(3.0)))(batch), expected, rtol=1e-15, atol=0
+        )
+        each = torch.func.vmap(torch.func.grad(lambda x, f=norm: f(x, Ramp(3.0))))(batch)
+        ours = batch.clone().requires_grad_()
+        norm(ours, Ramp(3.0)).sum().backward()
+        torch.testing.assert_close(each, ours.grad, rtol=1e-15, atol=0)
+        forward = torch.func.jacfwd(lambda x, f=norm: f(x, Ramp(3.0)))(batch[0])
+        torch.testing.assert_close(forward, each[0], rtol=1e-15, atol=0)
+        with pytest.raises(PenaltyError, match="expected finite numbers"):
+            torch.func.vmap(lambda x, f=norm: f(x, Ramp(3.0)))(batch / 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_do_not_depend_on_whether_a_gradient_is_wanted(dtype):
+    for x in (torch.randn(40, dtype=dtype), torch.randn(30, 3, dtype=dtype).T, torch.randn(2, 0, dtype=dtype)):
+        for norm in (owl_norm, owl_dual_norm):
+            wanted = norm(x.clone().requires_grad_(), Ramp(3.0))
+            assert torch.equal(norm(x, Ramp(3.0)), wanted.detach())
+
+
+def test_without_a_penalty_the_dual_norm_has_no_slope_at_zero():
+    for given in (torch.zeros(2), torch.tensor([0.0, 1.0])):
+        u = given.clone().requires_grad_()
+        owl_dual_norm(u, [0.0, 0.0]).backward()
+        assert torch.equal(u.grad, torch.zeros(2))
+
+
+def test_numpy_may_be_told_to_raise():
+    """What underflows on the way to the result is zero there."""
+    tiny = torch.tensor([3e-38, 1e-38, 3e-38])
+    expected = prox_owl(tiny, [2.9999999e-38, 1e-39, 0.0])
+    matrix = torch.tensor([[1e-308], [3e-308]], dtype=torch.float64)
+    grouped = prox_growl(matrix, [2e-308, 1e-309])
+    with np.errstate(all="raise"):
+        assert torch.equal(prox_owl(tiny, [2.9999999e-38, 1e-39, 0.0]), expected)
+        assert torch.equal(prox_owl(tiny.requires_grad_(), [2.9999999e-38, 1e-39, 0.0]).detach(), expected)
+        assert torch.equal(prox_growl(matrix, [2e-308, 1e-309]), grouped)
+
+
+def test_an_error_of_torch_itself_is_not_swallowed(monkeypatch):
+    def full(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tying.penalties.prox.finite_norms", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        prox_growl(torch.ones(2, 2), Ramp(3.0))
+
+
+@pytest.mark.parametrize("hidden", ["forward_ad._current_level", "prox._innermost_transform"])
+def test_where_torch_hides_what_is_at_work_derivatives_are_right(hidden, monkeypatch):
+    from tying.penalties import prox
+
+    if hidden.startswith("prox"):
+        monkeypatch.setattr(prox, "_innermost_transform", None)
+    else:
+        monkeypatch.setattr(prox, "forward_ad", object())
+    assert prox._may_need_derivative(torch.ones(2))
+    v = torch.tensor([-4.0, 1.0, 3.5])
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(prox_owl(forward_ad.make_dual(v, torch.ones(3)), [2.0, 1.0, 0.0]))
+        assert found.tangent.tolist() == [0.0, 1.0, 0.0]
+    assert torch.equal(found.primal, prox_owl(v, [2.0, 1.0, 0.0]))
 
 
 def test_a_subgradient_of_the_norm_proves_the_prox():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -109,6 +111,37 @@ def test_all_zero_is_no_penalty():
 def test_a_wrong_array_is_refused_by_what_is_wrong(given, says):
     with pytest.raises(PenaltyError, match=says):
         weights(given, 2)
+
+
+def test_nothing_that_is_asked_for_can_be_written_to():
+    own = np.array([2.0, 1.0])
+    explicit = Explicit((2.0, 1.0))
+    copies = [explicit, copy.copy(explicit), copy.deepcopy(explicit), pickle.loads(pickle.dumps(explicit))]
+    for sequence in (*copies, Ramp(3.0), own, [2.0, 1.0], lambda n: own):
+        with pytest.raises(ValueError, match="read-only"):
+            weights(sequence, 2)[0] = 9.0
+    assert not weights(Ramp(3.0), 200_000).flags.writeable
+    assert own.flags.writeable
+    assert len(set(copies)) == 1
+
+
+class Louder(Ramp):
+    volume = 1.0
+
+    def __call__(self, n):
+        return self.volume * super().__call__(n)
+
+
+class Doubled(Explicit):
+    def __call__(self, n):
+        return 2 * super().__call__(n)
+
+
+def test_a_subclass_is_asked_every_time(monkeypatch):
+    assert weights(Louder(3.0), 2).tolist() == [4.0, 1.0]
+    monkeypatch.setattr(Louder, "volume", 2.0)
+    assert weights(Louder(3.0), 2).tolist() == [8.0, 2.0]
+    assert weights(Doubled((3.0, 1.0)), 2).tolist() == [6.0, 2.0]
 
 
 def test_a_users_own_function_is_checked_too():

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from sortedl1 import Slope
+from torch._subclasses import FakeTensorMode
 
 from tying.errors import PenaltyError
 from tying.penalties import isotonic, order, segmented, sorted_l1
 from tying.penalties.isotonic import by_public_name, pool
+from tying.penalties.norms import OWL, GrOWL
 from tying.penalties.order import ascending, ascending_in_segments
-from tying.penalties.prox import prox_growl, prox_owl
+from tying.penalties.prox import owl_dual_norm, owl_norm, prox_growl, prox_owl
 from tying.penalties.segmented import shrink_segmented
-from tying.penalties.sequences import Constant, Oscar, Pld, Ramp, Spike
+from tying.penalties.sequences import Constant, Explicit, Oscar, Pld, Ramp, Spike
 from tying.penalties.sorted_l1 import shrink_sorted, shrink_vectors
 
 SIZES = [0, 1, 2, 3, 17, 300, 1500, 20_000]
@@ -286,6 +288,21 @@ def test_the_version_without_a_round_trip_never_looks_at_a_number():
         torch.empty(3, device="meta").nonzero()
 
 
+def test_the_version_without_a_round_trip_keeps_nothing_of_a_mode():
+    magnitudes, thresholds, lengths = segments(3, [51, 8, 401])
+    m, t = torch.from_numpy(magnitudes), torch.from_numpy(thresholds)
+    segmented._plan.cache_clear()
+    with FakeTensorMode():
+        for _ in range(2):
+            assert shrink_segmented(torch.ones(460).double(), torch.ones(460).double(), lengths).shape == (460,)
+    with torch.inference_mode():
+        expected = shrink_segmented(m, t, lengths).numpy()
+    np.testing.assert_array_equal(shrink_segmented(m, t, lengths).numpy(), expected)
+    assert not segmented._plan(tuple(lengths), m.device).slots.is_inference()
+    with FakeTensorMode():
+        shrink_segmented(torch.ones(460).double(), torch.ones(460).double(), lengths)
+
+
 def test_the_version_without_a_round_trip_keeps_its_input_and_repeats_its_bits():
     magnitudes, thresholds, lengths = segments(3, [50, 7, 400])
     m, t = torch.from_numpy(magnitudes), torch.from_numpy(thresholds)
@@ -459,7 +476,7 @@ def test_what_is_not_finite_is_named(n, dtype, bad):
     v[n // 2] = bad
     for vector, weights in ((v, Ramp(3.0)), (v, Constant(1.0)), (v.expand(3, n), Ramp(3.0)), (v[None], Ramp(3.0))):
         count = vector.numel() // n
-        says = rf"expected finite weights, got NaN or infinity in {count} of {count * n}, first at entry {n // 2};"
+        says = rf"^v: expected finite numbers, got NaN or infinity in {count} of {count * n}, first at entry {n // 2};"
         with pytest.raises(PenaltyError, match=says):
             prox_owl(vector, weights)
     with pytest.raises(PenaltyError, match=r"first at group 0"):
@@ -508,8 +525,104 @@ def test_small_numbers_beside_a_large_one_are_not_tied_by_company(dtype):
 def test_a_number_by_itself_is_no_vector():
     with pytest.raises(PenaltyError, match=r"v: expected a vector or a batch of vectors, got a single number; use"):
         prox_owl(torch.tensor(1.0), [1.0])
-    with pytest.raises(PenaltyError, match=r"floating-point weights, got torch.int64"):
-        prox_owl(torch.ones(3, dtype=torch.int64), [1.0, 1.0, 1.0])
+    with pytest.raises(PenaltyError, match=r"x: expected a vector or a batch of vectors, got a single number; use x"):
+        owl_norm(torch.tensor(1.0), [1.0])
+
+
+def in_fake_mode(_: object) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(2, 2)
+
+
+NO_NUMBERS = {
+    "an integer": (torch.ones(2, 2, dtype=torch.int64), r"real floating-point numbers, got torch.int64; pass real"),
+    "complex": (torch.ones(2, 2, dtype=torch.complex64), r"real floating-point numbers, got torch.complex64"),
+    "eight bits": (
+        torch.ones(2, 2).to(torch.float8_e4m3fn),
+        r"real floating-point numbers of 16 bits or more, got",
+    ),
+    "a list": ([[1.0, 2.0]], r"a tensor, got list; use torch.as_tensor"),
+    "an array": (np.ones((2, 2)), r"a tensor, got ndarray; use torch.as_tensor"),
+    "meta": (torch.ones(2, 2, device="meta"), r"numbers, got a tensor on the meta device"),
+    "sparse": (torch.ones(2, 2).to_sparse(), r"a dense tensor, got torch.sparse_coo; use to_dense"),
+    "fake": (in_fake_mode(None), r"a plain tensor, with all its numbers, got FakeTensor"),
+}
+
+
+@pytest.mark.parametrize("given", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("function", "name"), [(prox_owl, "v"), (prox_growl, "matrix"), (owl_norm, "x"), (owl_dual_norm, "u")]
+)
+def test_what_holds_no_numbers_is_refused_by_the_name_of_the_argument(given, function, name):
+    what, says = NO_NUMBERS[given]
+    with pytest.raises(PenaltyError, match=f"^{name}: expected {says}"):
+        function(what, Ramp(3.0))
+
+
+def test_a_parameter_is_a_tensor():
+    assert torch.equal(prox_owl(torch.nn.Parameter(torch.ones(2)), [1.0, 0.0]).detach(), torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize("function", [prox_owl, prox_growl, owl_norm, owl_dual_norm])
+def test_wrong_weights_are_called_weights(function):
+    for wrong in ([1.0], [1.0, 2.0], Explicit((1.0,)), lambda n: np.ones(n + 1)):
+        with pytest.raises(
+            PenaltyError, match=r"^weights: expected (2 weights, one per number|non-increasing weights)"
+        ):
+            function(torch.ones(2, 2), wrong)
+
+
+# Numbers whose sums, or squares, exceed what float64 holds.
+
+
+@pytest.mark.parametrize("n", [2, 4, 400, 20_000])
+@pytest.mark.parametrize("width", [None, 3])
+def test_huge_numbers_are_as_exact_as_others(n, width):
+    unit = 2.0**1020
+    v, thresholds = np.random.default_rng(n).uniform(-8, 8, n), np.linspace(9.0, 0.5, n)
+    ours = torch.from_numpy(v * unit)
+    found = prox_owl(ours if width is None else ours.expand(width, n), thresholds * unit).numpy() / unit
+    np.testing.assert_array_equal(found, np.broadcast_to(through_tensors(v, thresholds), found.shape))
+    large = torch.full((n,), 1.5e308, dtype=torch.float64)
+    np.testing.assert_allclose(prox_owl(large, np.linspace(1e308, 0, n)).numpy(), 1e308, rtol=1e-15)
+    segmented = shrink_sorted(np.abs(np.tile(v, 3)) * unit, np.tile(thresholds, 3) * unit, [n] * 3) / unit
+    np.testing.assert_array_equal(segmented, np.abs(np.tile(through_tensors(v, thresholds), 3)))
+    assert not prox_owl(torch.ones(n), thresholds * unit).any()
+
+
+def test_the_norms_of_huge_numbers():
+    large = torch.full((4,), 1.5e308, dtype=torch.float64)
+    for x in (large, large.clone().requires_grad_()):
+        assert float(owl_dual_norm(x, np.full(4, 1e308)).detach()) == pytest.approx(1.5, rel=1e-15)
+        assert float(owl_dual_norm(x, [3.0, 2, 1, 0]).detach()) == pytest.approx(1e308, rel=1e-15)
+        assert float(owl_norm(x, [1e-5, 0, 0, 0]).detach()) == pytest.approx(1.5e303)
+        assert float(owl_norm(x, [1.0, 1, 1, 1]).detach()) == np.inf  # 6e308 rounded to float64
+
+
+@pytest.mark.parametrize("unit", [1e200, 1e-200, 1e-160, 1e300, 1.0])
+def test_groups_of_huge_and_tiny_numbers(unit):
+    exact = 2.0 ** round(np.log2(unit))
+    matrix, weights = torch.tensor([[3.0, 4.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64), np.array([2.0, 0.5, 0.0])
+    expected = prox_growl(matrix, weights)
+    for ours in (matrix * exact, (matrix * exact).requires_grad_()):
+        found = prox_growl(ours, weights * exact).detach()
+        torch.testing.assert_close(found / exact, expected, rtol=1e-15, atol=0)
+        torch.testing.assert_close(GrOWL(exact, weights).prox(ours, 1.0) / exact, expected, rtol=1e-15, atol=0)
+
+
+def test_what_exceeds_float64_is_refused_by_name():
+    with pytest.raises(
+        PenaltyError, match=r"^matrix: expected norms of groups below 1.8e308, got more at group 1; divide"
+    ):
+        prox_growl(torch.tensor([[1.0, 1.0], [1.5e308, 1.5e308]], dtype=torch.float64), Ramp(3.0))
+    for function in (prox_owl, prox_growl):
+        with pytest.raises(
+            PenaltyError, match=r"^step: expected step · strength · weights below 1.8e308, got 10 · 1e\+308"
+        ):
+            function(torch.ones(2, 2), [1e308, 1.0], 10.0)
+    for penalty in (GrOWL(1e308), OWL(1e308)):
+        with pytest.raises(PenaltyError, match=r"^step: expected step · strength"):
+            penalty.prox(torch.ones(2, 2), 10.0)
 
 
 def test_the_answer_is_ones_own():

@@ -17,28 +17,60 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import Function
 
-from tying.groups import group_norms
 from tying.penalties.arrays import Vector
 from tying.penalties.sorted_l1 import NotFiniteError, pooled, shrink_vectors
-from tying.penalties.tensors import check_finite, one_zero, to_array
+from tying.penalties.tensors import Argument, check_finite, finite_norms, one_zero, to_array
 
 Dims = tuple[int | None, ...]
 
 
-def prox(v: Tensor, thresholds: Vector) -> Tensor:
-    """Return the prox of every vector of `(…, n)`, differentiable with respect to v."""
-    return cast(Tensor, _Prox.apply(v, thresholds))
+def prox(v: Tensor, thresholds: Vector, argument: Argument) -> Tensor:
+    """Return the prox of every vector of `(…, n)`, differentiable with respect to v.
+
+    Raises:
+        PenaltyError: If v, called as the argument says, is not finite.
+    """
+    return cast(Tensor, _Prox.apply(v, thresholds, argument))
 
 
-def norms(matrix: Tensor) -> Tensor:
-    """Return `group_norms` of every matrix of `(…, G, D)`, differentiable; the derivative at a zero group is zero."""
-    return cast(Tensor, _Norms.apply(matrix))
+def norms(matrix: Tensor, argument: Argument) -> Tensor:
+    """Return the norms of every matrix of `(…, G, D)`, float64, differentiable; at a zero group the derivative is zero.
+
+    Raises:
+        PenaltyError: If the matrix, called as the argument says, is not finite.
+    """
+    return cast(Tensor, _Norms.apply(matrix, argument))
+
+
+def numbers(x: Tensor, argument: Argument) -> Tensor:
+    """Return a copy in float64 on the CPU, differentiable.
+
+    Raises:
+        PenaltyError: If x, called as the argument says, is not finite.
+    """
+    return cast(Tensor, _Numbers.apply(x, argument))
+
+
+@np.errstate(all="ignore")  # what underflows is 0
+def solve(v: Tensor, thresholds: Vector, argument: Argument) -> Tensor:
+    """Return the prox of every vector of `(…, n)`, a new tensor of the same dtype and device, not differentiable.
+
+    Raises:
+        PenaltyError: If v, called as the argument says, is not finite.
+    """
+    values = to_array(v)
+    try:
+        shrunk = shrink_vectors(values, thresholds)
+    except NotFiniteError:
+        check_finite(values.reshape(-1), "entry", argument)
+        raise
+    return one_zero(torch.from_numpy(shrunk).to(v.device, v.dtype))
 
 
 class _Prox(Function):
     @staticmethod
-    def forward(v: Tensor, thresholds: Vector) -> Tensor:
-        return _solve(v, thresholds)
+    def forward(v: Tensor, thresholds: Vector, argument: Argument) -> Tensor:
+        return solve(v, thresholds, argument)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -48,7 +80,7 @@ class _Prox(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Product.apply(ctx.saved_tensors[0], grads[0], ctx.thresholds), None
+        return _Product.apply(ctx.saved_tensors[0], grads[0], ctx.thresholds), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -56,7 +88,7 @@ class _Prox(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
-        return _Prox.apply(_batched(args[0], in_dims[0], info.batch_size), args[1]), 0
+        return _Prox.apply(_batched(args[0], in_dims[0], info.batch_size), *args[1:]), 0
 
 
 class _Product(Function):
@@ -92,43 +124,52 @@ class _Product(Function):
 
 class _Norms(Function):
     @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor, argument: Argument) -> Tensor:
         flat = matrix.detach().reshape(matrix.shape[:-1].numel(), matrix.shape[-1])
-        found = group_norms(flat)
-        check_finite(found.cpu().numpy(), "group")
-        return found.reshape(matrix.shape[:-1])
+        return torch.from_numpy(finite_norms(flat, argument)).to(matrix.device).reshape(matrix.shape[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.argument = inputs[1]
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         matrix = ctx.saved_tensors[0]
-        return (_directions(matrix) * grads[0][..., None]).to(matrix.dtype)
+        return (_directions(matrix, ctx.argument) * grads[0][..., None]).to(matrix.dtype), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return (_directions(ctx.saved_tensors[0]) * tangents[0]).sum(dim=-1)
+        return (_directions(ctx.saved_tensors[0], ctx.argument) * tangents[0]).sum(dim=-1)
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
-        return _Norms.apply(_batched(args[0], in_dims[0], info.batch_size)), 0
+        return _Norms.apply(_batched(args[0], in_dims[0], info.batch_size), args[1]), 0
 
 
-def _solve(v: Tensor, thresholds: Vector) -> Tensor:
-    """Return the prox of every vector of `(…, n)`, a new tensor of the same dtype and device, not differentiable.
+class _Numbers(Function):
+    @staticmethod
+    def forward(x: Tensor, argument: Argument) -> Tensor:
+        found = x.detach().to("cpu", torch.float64, copy=True)
+        check_finite(found.reshape(-1).numpy(), "entry", argument)
+        return found
 
-    Raises:
-        PenaltyError: If v is not real floating numbers, or not finite.
-    """
-    values = to_array(v)
-    try:
-        return one_zero(torch.from_numpy(shrink_vectors(values, thresholds)).to(v.device, v.dtype))
-    except NotFiniteError:
-        check_finite(values.reshape(-1), "entry")
-        raise
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.device, ctx.dtype = inputs[0].device, inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].to(ctx.device, ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0].to("cpu", torch.float64, copy=True)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, int]:
+        return _Numbers.apply(_batched(args[0], in_dims[0], info.batch_size), args[1]), 0
 
 
 def _product(vector: NDArray[Any], factor: Vector, thresholds: Vector) -> Vector:
@@ -138,9 +179,9 @@ def _product(vector: NDArray[Any], factor: Vector, thresholds: Vector) -> Vector
     return signs * means[labels] if len(labels) else signed
 
 
-def _directions(matrix: Tensor) -> Tensor:
+def _directions(matrix: Tensor, argument: Argument) -> Tensor:
     """Return every group ÷ its norm, float64, 0 where that is 0; differentiable."""
-    lengths = norms(matrix)[..., None]
+    lengths = norms(matrix, argument)[..., None]
     return matrix.double() / torch.where(lengths > 0, lengths, 1.0)
 
 

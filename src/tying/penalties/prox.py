@@ -8,7 +8,7 @@ on groups: Oswal et al., ICML 2016.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,14 +18,26 @@ from torch.autograd import forward_ad
 from tying.errors import PenaltyError
 from tying.penalties import derivative
 from tying.penalties.arrays import Vector
-from tying.penalties.sequences import SequenceLike, check_not_negative
+from tying.penalties.sequences import SequenceLike, check_not_negative, check_product
 from tying.penalties.sequences import weights as weights_of
 from tying.penalties.sorted_l1 import NotFiniteError, shrink_sorted, shrink_vectors
-from tying.penalties.tensors import check_finite, check_floating, check_matrix, finite_norms, rescale_groups
+from tying.penalties.tensors import (
+    Argument,
+    check_finite,
+    check_matrix,
+    check_numbers,
+    finite_norms,
+    passed,
+    rescale_groups,
+    to_array,
+)
 
 _is_compiling = torch.compiler.is_compiling
 _uncompiled: Any = torch.compiler.disable
-_PLAIN = (torch.float32, torch.float64)
+_PLAIN, _STRIDED = (torch.float32, torch.float64), torch.strided
+_V, _MATRIX, _X, _U = passed("v"), passed("matrix"), passed("x"), passed("u")
+_HUGE, _DOWN = 1e290, 2.0**-64
+"""Sums of numbers as large may overflow: they are made smaller first."""
 
 
 def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -46,7 +58,8 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
         A new tensor: shape, dtype and device of `v`, rounded once from float64.
 
     Raises:
-        PenaltyError: If `v` is not finite or has no dimension, or the weights or the step are not as described.
+        PenaltyError: If `v` is not a plain tensor, not finite or has no dimension, or the weights or the step are not
+            as described, or their product exceeds float64.
 
     Example:
         >>> prox_owl(torch.tensor([-4.0, 1.0, 3.5]), [2.0, 1.0, 0.0])
@@ -58,25 +71,20 @@ def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
     """
     if _is_compiling():
         return _uncompiled(prox_owl)(v, weights, step)
-    shape = v.shape
-    if not shape:
-        raise _no_vector()
-    if type(step) is not float or not 0.0 <= step < math.inf:  # what is usual is found out at once
+    # What is usual is found out at once: at a hundred numbers, every look counts.
+    usual = type(v) is Tensor and v.dtype in _PLAIN and v.is_cpu and v.layout is _STRIDED
+    if not (usual and v.dim()):
+        _check_vectors(v, _V)
+    if type(step) is not float or not 0.0 <= step < math.inf:
         step = check_not_negative("step", step)
-    numbers = weights_of(weights, shape[-1])
-    if (v.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
-        return derivative.prox(v, step * numbers)
-    if v.dtype not in _PLAIN or not v.is_contiguous():
-        return derivative.prox(v, step * numbers)
-    try:
-        values = (v.detach() if v.requires_grad else v).numpy()
-    except (RuntimeError, TypeError):  # on another device, or inside torch.func
-        return derivative.prox(v, step * numbers)
-    try:
-        return torch.from_numpy(shrink_vectors(values, numbers, step))
-    except NotFiniteError:
-        check_finite(values.reshape(-1), "entry")
-        raise
+    numbers = weights_of(weights, v.shape[-1], "weights")
+    if usual and v.is_contiguous() and not v.is_neg() and not _may_need_derivative(v):
+        try:
+            return torch.from_numpy(shrink_vectors((v.detach() if v.requires_grad else v).numpy(), numbers, step))
+        except (NotFiniteError, FloatingPointError):  # the second: NumPy was told to raise where something underflows
+            pass  # what is wrong is told below, and what is not solved
+    check_product(step, numbers)
+    return derivative.prox(v, step * numbers, _V)
 
 
 def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -96,7 +104,8 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
         A new tensor: shape, dtype, device and memory layout of `matrix`.
 
     Raises:
-        PenaltyError: If the matrix is not finite, or the weights or the step are not as described.
+        PenaltyError: If the matrix is not a plain tensor or not finite, or one of its norms exceeds float64, or the
+            weights or the step are not as `prox_owl` wants them.
 
     Example:
         >>> prox_growl(torch.tensor([[3.0, 4.0], [0.0, 4.0]]), [2.0, 0.0])
@@ -105,21 +114,33 @@ def prox_growl(matrix: Tensor, weights: SequenceLike, step: float = 1.0) -> Tens
     """
     if _is_compiling():
         return _uncompiled(prox_growl)(matrix, weights, step)
-    check_matrix(matrix)
-    thresholds = check_not_negative("step", step) * weights_of(weights, len(matrix))
-    if (matrix.requires_grad and torch.is_grad_enabled()) or _in_forward_mode():
-        return _differentiable_growl(matrix, thresholds)
-    try:
-        norms = finite_norms(matrix)
-    except RuntimeError:  # inside torch.func
-        return _differentiable_growl(matrix, thresholds)
+    check_matrix(matrix, _MATRIX)
+    step, numbers = check_not_negative("step", step), weights_of(weights, len(matrix), "weights")
+    check_product(step, numbers)
+    shrink = _differentiable_growl if _may_need_derivative(matrix) else shrink_groups
+    return shrink(matrix, step * numbers, _MATRIX)
+
+
+@np.errstate(all="ignore")  # what underflows is 0
+def shrink_groups(matrix: Tensor, thresholds: Vector, argument: Argument) -> Tensor:
+    """Return what `prox_growl` does, not differentiable.
+
+    Args:
+        matrix: `(G, D)`.
+        thresholds: `(G,)`, step · λ: finite, ≥ 0, non-increasing.
+        argument: What messages call the matrix.
+
+    Raises:
+        PenaltyError: If the matrix is not one of real floating numbers, or not finite, or a norm exceeds float64.
+    """
+    norms = finite_norms(matrix, argument)
     return rescale_groups(matrix, norms, shrink_sorted(norms, thresholds))
 
 
-def _differentiable_growl(matrix: Tensor, thresholds: Vector) -> Tensor:
-    norms = derivative.norms(matrix)
+def _differentiable_growl(matrix: Tensor, thresholds: Vector, argument: Argument) -> Tensor:
+    norms = derivative.norms(matrix, argument)
     zero = norms == 0
-    wanted = derivative.prox(norms, thresholds)
+    wanted = derivative.prox(norms, thresholds, argument)
     factors = wanted / torch.where(zero, 1.0, norms)
     # Around zero groups that meet no threshold the prox is the identity, unless another group becomes zero: it would
     # draw them along.
@@ -144,8 +165,9 @@ def owl_norm(x: Tensor, weights: SequenceLike) -> Tensor:
     """
     if _is_compiling():
         return _uncompiled(owl_norm)(x, weights)
-    ordered = _descending(x)
-    return (ordered * torch.tensor(weights_of(weights, x.shape[-1]).tolist(), dtype=torch.float64)).sum(dim=-1)
+    _check_vectors(x, _X)
+    numbers = weights_of(weights, x.shape[-1], "weights")
+    return (_descending(x, _X) * torch.from_numpy(numbers.copy())).sum(dim=-1)
 
 
 def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
@@ -173,33 +195,53 @@ def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
     """
     if _is_compiling():
         return _uncompiled(owl_dual_norm)(u, weights)
-    loads = _descending(u).cumsum(dim=-1)
-    if not u.shape[-1]:
-        return loads.sum(dim=-1)
-    limits = torch.from_numpy(np.cumsum(weights_of(weights, u.shape[-1])))
-    # The λ are largest first: they are all 0, or none of their sums is.
-    return torch.where(limits > 0, loads / limits, torch.where(loads > 0, torch.inf, 0.0)).amax(dim=-1)
+    _check_vectors(u, _U)
+    numbers = weights_of(weights, u.shape[-1], "weights")
+    ordered = _descending(u, _U)
+    if not u.shape[-1] or not numbers[0]:  # the λ are largest first: all are 0, or none of their sums is
+        total = ordered.sum(dim=-1)
+        return torch.where(total > 0, torch.inf, total)
+    small = torch.where(ordered.detach()[..., :1] > _HUGE, _DOWN, 1.0)
+    unit = _DOWN if numbers[0] > _HUGE else 1.0
+    ratios = (ordered * small).cumsum(dim=-1) / torch.from_numpy(np.cumsum(numbers * unit))
+    return ratios.amax(dim=-1) * (unit / small[..., 0])
 
 
-def _descending(x: Tensor) -> Tensor:
+def _descending(x: Tensor, argument: Argument) -> Tensor:
     """Return the magnitudes of every vector of `(…, n)`, float64 on the CPU, largest first; differentiable.
 
     Raises:
-        PenaltyError: If they are not real floating numbers, or not finite.
+        PenaltyError: If they are not finite.
     """
-    if not x.dim():
-        raise _no_vector()
-    check_floating(x)
-    magnitudes = x.to("cpu", torch.float64).abs()
-    if not magnitudes.isfinite().all():
-        check_finite(magnitudes.detach().reshape(-1).numpy(), "entry")
-    return magnitudes.sort(dim=-1, descending=True).values
+    if _may_need_derivative(x):
+        return derivative.numbers(x, argument).abs().contiguous().sort(dim=-1, descending=True).values
+    values = to_array(x)
+    check_finite(values.reshape(-1), "entry", argument)
+    ordered = np.sort(np.abs(values), axis=-1)[..., ::-1]
+    return torch.from_numpy(ordered.astype(np.float64, order="C"))
 
 
-def _no_vector() -> PenaltyError:
-    return PenaltyError("v: expected a vector or a batch of vectors, got a single number; use v.reshape(1)")
+def _check_vectors(given: Tensor, argument: Argument) -> None:
+    check_numbers(given, argument)
+    if not given.shape:
+        name = argument.name
+        raise PenaltyError(
+            f"{name}: expected a vector or a batch of vectors, got a single number; use {name}.reshape(1)"
+        )
 
 
-def _in_forward_mode() -> bool:
-    """Whether numbers may carry a derivative along that `requires_grad` doesn't tell of."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
+def _may_need_derivative(tensor: Tensor) -> bool:
+    """Whether a derivative may be asked for, of which `requires_grad` doesn't tell in forward mode and transforms.
+
+    True as well where torch keeps to itself whether one is at work: then the way that is always right is taken.
+    """
+    return (
+        (tensor.requires_grad and torch.is_grad_enabled())
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or _innermost_transform is None
+        or _innermost_transform() is not None
+    )
+
+
+_functorch: Any = getattr(cast(Any, torch)._C, "_functorch", None)
+_innermost_transform: Any = getattr(_functorch, "peek_interpreter_stack", None)

@@ -25,8 +25,9 @@ from torch import Tensor, constant_pad_nd
 def shrink_segmented(magnitudes: Tensor, thresholds: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return the prox of the sorted-L1 norm, segment by segment: `shrink_sorted`, for tensors that nobody waits for.
 
-    The same up to 1e-13 of a segment's largest number. Equal magnitudes of a segment come out equal bit for bit, and
-    the same input gives the same bits again. Nothing is checked here: that is the caller's part.
+    The same up to 1e-13 of a segment's largest number. Equal magnitudes of a segment come out equal bit for bit. On the
+    CPU the same input gives the same bits again; CUDA adds up in an order that changes. Nothing is checked here: that
+    is the caller's part.
 
     Args:
         magnitudes: `(n,)` float64, finite, ≥ 0, in any order, on any device.
@@ -41,7 +42,9 @@ def shrink_segmented(magnitudes: Tensor, thresholds: Tensor, lengths: Sequence[i
         >>> shrink_segmented(magnitudes, thresholds, lengths=[1, 2])
         tensor([3.0000, 0.5000, 2.5000], dtype=torch.float64)
     """
-    plan = _plan(tuple(lengths), magnitudes.device)
+    # What stands in for tensors, in FakeTensorMode say, must meet its own kind, and must not be kept for others.
+    find = _plan if type(magnitudes) is Tensor else _Plan
+    plan = find(tuple(lengths), magnitudes.device)
     if not magnitudes.numel():
         return magnitudes.clone()
     by_size = magnitudes.argsort()
@@ -107,6 +110,7 @@ class _Plan:
         self.starts = torch.from_numpy(within == 0).to(device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # one holds 25 bytes a number
 def _plan(lengths: tuple[int, ...], device: torch.device) -> _Plan:
-    return _Plan(lengths, device)
+    with torch.inference_mode(False):  # its tensors would be of no use outside
+        return _Plan(lengths, device)

@@ -14,12 +14,12 @@ from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from tying.errors import PenaltyError
+from tying.penalties.arrays import Vector
 
-Weights: TypeAlias = NDArray[np.float64]
-SequenceLike: TypeAlias = "Callable[[int], Weights] | ArrayLike"
+SequenceLike: TypeAlias = "Callable[[int], Vector] | ArrayLike"
 Variant = Literal["paper", "vgg", "mnist"]
 
 
@@ -37,7 +37,7 @@ class Constant:
     def __post_init__(self) -> None:
         _check_settings(self, base=self.base)
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights."""
         return np.full(n, float(self.base))
 
@@ -57,7 +57,7 @@ class Oscar:
     def __post_init__(self) -> None:
         _check_settings(self, base=self.base, slope=self.slope)
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights."""
         values = _down_to_zero(n)
         values *= self.slope
@@ -82,7 +82,7 @@ class Ramp:
     def __post_init__(self) -> None:
         _check_settings(self, ratio=self.ratio)
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights."""
         values = _down_to_zero(n)
         values /= max(n - 1, 1)
@@ -126,7 +126,7 @@ class Pld:
         if self.variant not in get_args(Variant):
             raise PenaltyError(f"Pld.variant: expected one of {get_args(Variant)}, got {self.variant!r}; pick one")
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights."""
         ranks = math.floor(self.fraction * n + 1e-9)  # 0.29 · 100 is 28.999…: the floor meant is 29
         if self.variant == "paper":
@@ -154,7 +154,7 @@ class Spike:
     def __post_init__(self) -> None:
         _check_settings(self, base=self.base, slope=self.slope)
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights."""
         values = np.full(n, float(self.base))
         values[:1] += self.slope
@@ -180,7 +180,7 @@ class Explicit:
         object.__setattr__(self, "values", tuple(checked.tolist()))
         object.__setattr__(self, "_array", _locked(checked.copy()))
 
-    def __call__(self, n: int) -> Weights:
+    def __call__(self, n: int) -> Vector:
         """Return the `(n,)` float64 weights.
 
         Raises:
@@ -188,52 +188,73 @@ class Explicit:
         """
         return self.locked(n).copy()
 
-    def locked(self, n: int) -> Weights:
-        """Return the `(n,)` float64 weights, not a copy: read-only."""
-        array: Weights = vars(self)["_array"]
-        return array if len(array) == n else check_weights(array, n)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Become the copy of another, unpickled or `deepcopy`: arrays come out of both writable."""
+        vars(self).update(state)
+        object.__setattr__(self, "_array", _locked(np.array(self.values, dtype=np.float64)))
+
+    def locked(self, n: int, name: str = "sequence") -> Vector:
+        """Return the `(n,)` float64 weights, not a copy: read-only.
+
+        Raises:
+            PenaltyError: If n is not the number of weights given, which are called by that name.
+        """
+        array: Vector = vars(self)["_array"]
+        return array if len(array) == n else check_weights(array, n, name)
 
 
-def as_sequence(sequence: SequenceLike) -> Callable[[int], Weights]:
+def as_sequence(sequence: SequenceLike) -> Callable[[int], Vector]:
     """Return a sequence as it is, and an array, list or tensor as a checked `Explicit` sequence."""
     if callable(sequence):
         return sequence
     return Explicit(tuple(check_weights(sequence).tolist()))
 
 
-def weights(sequence: SequenceLike, n: int) -> Weights:
-    """Return the n weights of a sequence, or of an array of n weights, `(n,)` float64, checked; not to be written to.
+def weights(sequence: SequenceLike, n: int, name: str = "sequence") -> Vector:
+    """Return the n weights of a sequence, or of an array of n weights, `(n,)` float64, checked; read-only.
 
     The weights of the sequences of this module are kept, up to 131,072 of them: they are asked for at every step.
+    Those of subclasses are not, which may depend on more than their settings.
+
+    Args:
+        sequence: The sequence or the weights.
+        n: How many are wanted.
+        name: What messages call the sequence.
 
     Raises:
         PenaltyError: If they are not n finite, non-negative, non-increasing numbers.
     """
-    if isinstance(sequence, _LASTING):
-        return _kept(sequence, n) if n <= _KEPT else check_weights(sequence(n), n)
-    if isinstance(sequence, Explicit):
-        return sequence.locked(n)
-    if callable(sequence):
-        return check_weights(sequence(n), n)
-    return check_weights(sequence, n)
+    if isinstance(sequence, _LASTING) and type(sequence) in _LASTING and n <= _KEPT:
+        return _kept(sequence, n)
+    if isinstance(sequence, Explicit) and type(sequence) is Explicit:
+        return sequence.locked(n, name)
+    return _locked(check_weights(sequence(n) if callable(sequence) else sequence, n, name).view())
 
 
 _LASTING = (Constant, Oscar, Ramp, Pld, Spike)
 _KEPT = 1 << 17
 
 
-@lru_cache(maxsize=16)
-def _kept(sequence: Callable[[int], Weights], n: int) -> Weights:
+@lru_cache(maxsize=128)
+def _kept(sequence: Callable[[int], Vector], n: int) -> Vector:
     return _locked(check_weights(sequence(n), n))
 
 
-def _locked(values: Weights) -> Weights:
+def _locked(values: Vector) -> Vector:
     values.setflags(write=False)
     return values
 
 
-def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
-    """Return the weights as `(n,)` float64.
+def check_product(factor: float, numbers: Vector) -> None:
+    """Raise `PenaltyError` if a step, or step · strength, times the largest of `(n,)` weights exceeds float64."""
+    if len(numbers) and not factor * numbers.item(0) < math.inf:
+        raise PenaltyError(
+            f"step: expected step · strength · weights below 1.8e308, got {factor:g} · {numbers[0]:g}; lower one"
+        )
+
+
+def check_weights(given: ArrayLike, n: int | None = None, name: str = "sequence") -> Vector:
+    """Return the weights as `(n,)` float64; `name` is what messages call them.
 
     Raises:
         PenaltyError: If they are not flat, not finite, negative, increasing somewhere, or not n of them.
@@ -241,7 +262,7 @@ def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
     try:
         values = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor that requires a gradient
-        raise PenaltyError(f"sequence: expected numbers, got {given!r}; pass a flat list of weights") from error
+        raise PenaltyError(f"{name}: expected numbers, got {given!r}; pass a flat list of weights") from error
     # A NaN fails every comparison, so the ends and the order are enough.
     if (
         values.ndim == 1
@@ -250,14 +271,15 @@ def check_weights(given: ArrayLike, n: int | None = None) -> Weights:
         and np.count_nonzero(values[1:] <= values[:-1]) == max(len(values) - 1, 0)  # faster than .all()
     ):
         return values
-    raise PenaltyError(f"sequence: {_what_is_wrong(values, n)}")
+    raise PenaltyError(f"{name}: {_what_is_wrong(values, n, name)}")
 
 
-def _what_is_wrong(values: Weights, n: int | None) -> str:
+def _what_is_wrong(values: Vector, n: int | None, name: str) -> str:
     if values.ndim != 1:
         return f"expected a flat list of weights, got shape {values.shape}; flatten it"
     if n not in (None, len(values)):
-        return f"expected {n} weights, one per group, got {len(values)}; pass as many as there are groups"
+        each = "group" if name == "sequence" else "number sorted"
+        return f"expected {n} weights, one per {each}, got {len(values)}; pass as many as there are {each.split()[0]}s"
     if not np.isfinite(values).all():
         rank = int(np.flatnonzero(~np.isfinite(values))[0])
         return f"expected finite weights, got {values[rank]} at index {rank}; mend it"
@@ -271,7 +293,7 @@ def _what_is_wrong(values: Weights, n: int | None) -> str:
     )
 
 
-def _down_to_zero(n: int) -> Weights:
+def _down_to_zero(n: int) -> Vector:
     return np.arange(n - 1, -1, -1, dtype=np.float64)
 
 

@@ -45,7 +45,7 @@ class NotFiniteError(Exception):
 def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int] | None = None) -> Vector:
     """Return the prox of the sorted-L1 norm, segment by segment.
 
-    Equal magnitudes of a segment come out equal bit for bit. Nothing is checked here: that is the caller's part.
+    Equal magnitudes of a segment come out equal bit for bit. What is described below is the caller's part to check.
 
     Args:
         magnitudes: `(n,)`, finite, ≥ 0, in any order.
@@ -54,6 +54,9 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
 
     Returns:
         The new magnitudes, `(n,)`, ≥ 0, each where its magnitude was.
+
+    Raises:
+        NotFiniteError: If a number or a threshold is infinite, and it is noticed.
 
     Example:
         >>> shrink_sorted(np.array([4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
@@ -68,6 +71,8 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
     if (largest == thresholds[ends - 1]).all():  # flat: the order doesn't matter
         return np.maximum(magnitudes - thresholds, 0.0)
     if largest.max() > _HUGE or magnitudes.max() > _HUGE:
+        if not max(largest.max(), magnitudes.max()) < np.inf:
+            raise NotFiniteError
         return shrink_sorted(magnitudes * _DOWN, thresholds * _DOWN, lengths) * _UP
     if len(sizes) == 1:
         return _shrunk(magnitudes, thresholds)
@@ -93,7 +98,7 @@ def shrink_vectors(values: NDArray[Any], weights: Vector, step: float = 1.0) -> 
         `(…, n)`, rounded once from float64 to the dtype of the values.
 
     Raises:
-        NotFiniteError: If a value is NaN or infinite.
+        NotFiniteError: If a value is NaN or infinite, or step · weights exceeds float64.
 
     Example:
         >>> shrink_vectors(np.array([-4.0, 1.0, 3.5]), np.array([2.0, 1.0, 0.0]))
@@ -107,7 +112,7 @@ def shrink_vectors(values: NDArray[Any], weights: Vector, step: float = 1.0) -> 
         result = np.stack([_shrunk(row, weights, step) for row in values.reshape(-1, size)]).reshape(values.shape)
     else:
         magnitudes = np.abs(values, dtype=np.float64).reshape(-1)
-        if not magnitudes.max() < np.inf:
+        if not (magnitudes.max() < np.inf and step * weights.item(0) < np.inf):
             raise NotFiniteError
         count = len(magnitudes) // size
         shrunk = shrink_sorted(magnitudes, np.tile(step * weights, count), [size] * count)
@@ -194,10 +199,10 @@ def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray
     if not count:
         return np.empty(0, values.dtype)
     largest = weights.item(0)
-    if largest == weights.item(-1):
-        return _shrunk_by(step * largest, values)
     if step * largest > _HUGE:
         return _shrunk_huge(values, weights, step)
+    if largest == weights.item(-1):
+        return _shrunk_by(step * largest, values)
     if count < FEW:
         return _few(values, weights, step)
     order, ordered = ascending(values)
@@ -278,9 +283,9 @@ def _shrunk_huge(values: NDArray[Any], weights: Vector, step: float) -> NDArray[
     """Do what `_shrunk` does, in units in which no sum overflows: a power of two, so that nothing is rounded.
 
     Raises:
-        NotFiniteError: If a value is NaN or infinite.
+        NotFiniteError: If a value is NaN or infinite, or a threshold exceeds float64.
     """
-    if not np.isfinite(values).all():
+    if not (np.isfinite(values).all() and step * weights.item(0) < np.inf):
         raise NotFiniteError
     smaller = np.abs(values, dtype=np.float64) * _DOWN
     return (_shrunk(smaller, weights * _DOWN, step) * _UP).astype(values.dtype)
