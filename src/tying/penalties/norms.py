@@ -13,10 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tying.penalties.arrays import Vector
 from tying.penalties.certificate import Certificate, certify_ridge, certify_sorted
-from tying.penalties.prox import owl_norm, prox_growl, prox_owl
-from tying.penalties.sequences import Ramp, SequenceLike, as_sequence, check_not_negative, weights
-from tying.penalties.tensors import Vector, finite_norms, from_vector, rescale_groups, to_vector
+from tying.penalties.derivative import solve
+from tying.penalties.prox import owl_norm, shrink_groups
+from tying.penalties.sequences import Ramp, SequenceLike, as_sequence, check_not_negative, check_product, weights
+from tying.penalties.tensors import (
+    TRAINED,
+    check_matrix,
+    check_numbers,
+    finite_norms,
+    from_vector,
+    rescale_groups,
+    to_vector,
+)
 
 P = TypeVar("P", bound="_Strength")
 
@@ -182,7 +192,9 @@ class _Sorted(_Strength):
         object.__setattr__(self, "sequence", as_sequence(self.sequence))
 
     def _weights(self, count: int, step: float = 1.0) -> Vector:
-        return self._threshold(step) * weights(self.sequence, count)
+        numbers = weights(self.sequence, count)
+        check_product(self._threshold(step), numbers)
+        return self._threshold(step) * numbers
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,7 @@ class OWL(_Sorted):
 
     def value(self, matrix: Tensor) -> Tensor:
         """Return Ω, a float64 scalar."""
-        return owl_norm(matrix.detach().reshape(-1), self._weights(matrix.numel()))
+        return owl_norm(torch.from_numpy(to_vector(matrix)), self._weights(matrix.numel()))
 
     def prox(self, matrix: Tensor, step: float) -> Tensor:
         """Return `prox_owl` of all numbers, same shape and dtype.
@@ -210,8 +222,9 @@ class OWL(_Sorted):
         Raises:
             PenaltyError: If the matrix is not finite, or explicit weights are not as many as its numbers.
         """
+        check_numbers(matrix)
         flat = matrix.detach().reshape(-1)  # all numbers are sorted together
-        return prox_owl(flat, self._weights(len(flat), step)).reshape(matrix.shape)
+        return solve(flat, self._weights(len(flat), step), TRAINED).reshape(matrix.shape)
 
     def certify(self, matrix: Tensor, prox_of_matrix: Tensor, step: float) -> Certificate:
         """Return by how much `prox_of_matrix` misses optimality: see `certify_sorted`, every number a group."""
@@ -246,7 +259,8 @@ class GrOWL(_Sorted):
         Raises:
             PenaltyError: If the matrix is not finite, or explicit weights are not as many as its groups.
         """
-        return prox_growl(matrix.detach(), self.thresholds(len(matrix), step))
+        check_matrix(matrix)
+        return shrink_groups(matrix.detach(), self.thresholds(len(matrix), step), TRAINED)
 
     def thresholds(self, count: int, step: float) -> Vector:
         """Return step · strength · λ: see `OnNorms`."""
