@@ -536,7 +536,10 @@ def in_fake_mode(_: object) -> torch.Tensor:
 
 NO_NUMBERS = {
     "an integer": (torch.ones(2, 2, dtype=torch.int64), r"real floating-point numbers, got torch.int64; pass real"),
-    "complex": (torch.ones(2, 2, dtype=torch.complex64), r"real floating-point numbers, got torch.complex64"),
+    "complex": (
+        torch.ones(2, 2, dtype=torch.complex64),
+        r"real floating-point numbers, got torch.complex64; pass magn",
+    ),
     "eight bits": (
         torch.ones(2, 2).to(torch.float8_e4m3fn),
         r"real floating-point numbers of 16 bits or more, got",

@@ -20,7 +20,7 @@ from tying.penalties import derivative
 from tying.penalties.arrays import Vector
 from tying.penalties.sequences import SequenceLike, check_not_negative, check_product
 from tying.penalties.sequences import weights as weights_of
-from tying.penalties.sorted_l1 import NotFiniteError, shrink_sorted, shrink_vectors
+from tying.penalties.sorted_l1 import DOWN, HUGE, NotFiniteError, shrink_sorted, shrink_vectors
 from tying.penalties.tensors import (
     Argument,
     check_finite,
@@ -36,8 +36,6 @@ _is_compiling = torch.compiler.is_compiling
 _uncompiled: Any = torch.compiler.disable
 _PLAIN, _STRIDED = (torch.float32, torch.float64), torch.strided
 _V, _MATRIX, _X, _U = passed("v"), passed("matrix"), passed("x"), passed("u")
-_HUGE, _DOWN = 1e290, 2.0**-64
-"""Sums of numbers as large may overflow: they are made smaller first."""
 
 
 def prox_owl(v: Tensor, weights: SequenceLike, step: float = 1.0) -> Tensor:
@@ -201,8 +199,8 @@ def owl_dual_norm(u: Tensor, weights: SequenceLike) -> Tensor:
     if not u.shape[-1] or not numbers[0]:  # the λ are largest first: all are 0, or none of their sums is
         total = ordered.sum(dim=-1)
         return torch.where(total > 0, torch.inf, total)
-    small = torch.where(ordered.detach()[..., :1] > _HUGE, _DOWN, 1.0)
-    unit = _DOWN if numbers[0] > _HUGE else 1.0
+    small = torch.where(ordered.detach()[..., :1] > HUGE, DOWN, 1.0)
+    unit = DOWN if numbers[0] > HUGE else 1.0
     ratios = (ordered * small).cumsum(dim=-1) / torch.from_numpy(np.cumsum(numbers * unit))
     return ratios.amax(dim=-1) * (unit / small[..., 0])
 

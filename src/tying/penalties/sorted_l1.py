@@ -32,10 +32,10 @@ _PART = 1 << 13
 _ZERO = {4: np.zeros((), np.float32), 8: np.zeros(())}
 """By item size: an array of no dimension costs a tenth of a microsecond, a Python number three."""
 
-_HUGE = 1e290
+HUGE = 1e290
 """Sums of numbers as large may overflow: they are made smaller first."""
 
-_DOWN, _UP = 2.0**-64, 2.0**64
+DOWN, _UP = 2.0**-64, 2.0**64
 
 
 class NotFiniteError(Exception):
@@ -70,10 +70,10 @@ def shrink_sorted(magnitudes: Vector, thresholds: Vector, lengths: Sequence[int]
     largest = thresholds[ends - sizes]
     if (largest == thresholds[ends - 1]).all():  # flat: the order doesn't matter
         return np.maximum(magnitudes - thresholds, 0.0)
-    if largest.max() > _HUGE or magnitudes.max() > _HUGE:
+    if largest.max() > HUGE or magnitudes.max() > HUGE:
         if not max(largest.max(), magnitudes.max()) < np.inf:
             raise NotFiniteError
-        return shrink_sorted(magnitudes * _DOWN, thresholds * _DOWN, lengths) * _UP
+        return shrink_sorted(magnitudes * DOWN, thresholds * DOWN, lengths) * _UP
     if len(sizes) == 1:
         return _shrunk(magnitudes, thresholds)
     results: list[Vector] = []
@@ -199,14 +199,14 @@ def _shrunk(values: NDArray[Any], weights: Vector, step: float = 1.0) -> NDArray
     if not count:
         return np.empty(0, values.dtype)
     largest = weights.item(0)
-    if step * largest > _HUGE:
+    if step * largest > HUGE:
         return _shrunk_huge(values, weights, step)
     if largest == weights.item(-1):
         return _shrunk_by(step * largest, values)
     if count < FEW:
         return _few(values, weights, step)
     order, ordered = ascending(values)
-    if not ordered.item(-1) < _HUGE:  # NaN would be last, too
+    if not ordered.item(-1) < HUGE:  # NaN would be last, too
         return _shrunk_huge(values, weights, step)
     equal = ordered[1:] == ordered[:-1]
     limits = weights[::-1]
@@ -255,7 +255,7 @@ def _few(values: NDArray[Any], weights: Vector, step: float) -> NDArray[Any]:
     magnitudes = np.abs(values)
     order = magnitudes.argsort()
     ordered = magnitudes[order]
-    if not ordered.item(-1) < _HUGE:
+    if not ordered.item(-1) < HUGE:
         return _shrunk_huge(values, weights, step)
     fit = ordered - step * weights[::-1]
     pool(fit)
@@ -287,8 +287,8 @@ def _shrunk_huge(values: NDArray[Any], weights: Vector, step: float) -> NDArray[
     """
     if not (np.isfinite(values).all() and step * weights.item(0) < np.inf):
         raise NotFiniteError
-    smaller = np.abs(values, dtype=np.float64) * _DOWN
-    return (_shrunk(smaller, weights * _DOWN, step) * _UP).astype(values.dtype)
+    smaller = np.abs(values, dtype=np.float64) * DOWN
+    return (_shrunk(smaller, weights * DOWN, step) * _UP).astype(values.dtype)
 
 
 def _refine_(fit: Vector, edges: Indices, lowered: Callable[[slice], Vector]) -> None:

@@ -145,9 +145,11 @@ def check_floating(tensor: Tensor, argument: Argument = TRAINED) -> None:
     """Raise `PenaltyError` if a tensor's numbers are not real floating ones of at least 16 bits."""
     if tensor.dtype not in _REAL:
         wide = " of 16 bits or more" if tensor.dtype.is_floating_point else ""
+        remedy = argument.if_not_real
+        if tensor.is_complex() and argument is not TRAINED:
+            remedy = "pass magnitudes, or real and imaginary parts"
         raise PenaltyError(
-            f"{argument.name}: expected real floating-point {argument.numbers}{wide}, got {tensor.dtype}; "
-            f"{argument.if_not_real}"
+            f"{argument.name}: expected real floating-point {argument.numbers}{wide}, got {tensor.dtype}; {remedy}"
         )
 
 
