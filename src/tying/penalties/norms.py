@@ -193,8 +193,9 @@ class _Sorted(_Strength):
 
     def _weights(self, count: int, step: float = 1.0) -> Vector:
         numbers = weights(self.sequence, count)
-        check_product(self._threshold(step), numbers)
-        return self._threshold(step) * numbers
+        factor = self._threshold(step)
+        check_product(factor, numbers)
+        return factor * numbers
 
 
 @dataclass(frozen=True)

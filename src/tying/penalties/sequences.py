@@ -303,6 +303,8 @@ def check_not_negative(name: str, value: object) -> float:
     Raises:
         PenaltyError: Names it, if it is not a finite number ≥ 0.
     """
+    if type(value) is float and 0.0 <= value < math.inf:  # what is usual is found out at once
+        return value
     if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
         raise PenaltyError(f"{name}: expected a finite number ≥ 0, got {value!r}; pass such a number")
     return float(value)

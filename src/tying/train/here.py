@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tying.axes import adder, broadcast, finer, in_memory_order, multiply_, quiet, scaled, squares_anywhere
-from tying.penalties.tensors import Vector
+from tying.penalties.arrays import Vector
 from tying.train.rules import Place, Target
 from tying.train.shrink import Steps, factors
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tying.axes import broadcast, in_memory_order, multiply_, scaled, squares, squares_anywhere
-from tying.penalties.tensors import Vector
+from tying.penalties.arrays import Vector
 from tying.train.rules import Place, Target
 from tying.train.shards import Message, is_sharded, local, piece_of
 from tying.train.shrink import Steps, check, factors, join

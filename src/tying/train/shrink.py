@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from tying.axes import SAFE
 from tying.errors import PenaltyError
+from tying.penalties.arrays import Vector
 from tying.penalties.norms import OnNorms
 from tying.penalties.sorted_l1 import shrink_sorted
-from tying.penalties.tensors import Vector, check_finite
+from tying.penalties.tensors import check_finite
 from tying.train.rules import Place, Target
 
 Steps = Mapping[str, float]
