@@ -23,7 +23,7 @@ from tying.files.atomic import write_atomically
 from tying.groups import Groups
 from tying.plan import TiePlan
 from tying.train.proximal import ProximalHandle, proximal
-from tying.train.rules import Rules
+from tying.train.rules import GroupRules
 
 FOLDER = "fits"
 
@@ -60,7 +60,7 @@ class Fits:
         return model
 
     def fit(
-        self, name: str, model: nn.Module, *, stage: Stage, rules: Rules | None = None, plan: TiePlan | None = None
+        self, name: str, model: nn.Module, *, stage: Stage, rules: GroupRules | None = None, plan: TiePlan | None = None
     ) -> Fit:
         """Train the model in place, with the penalties of `rules` on it, or read the same fit from the folder.
 
@@ -92,7 +92,7 @@ class Fits:
             raise TaskError(f"evaluate(): expected an accuracy in [0, 1], got {value}; return a share, not per cent")
         return value
 
-    def _run(self, name: str, model: nn.Module, stage: Stage, rules: Rules) -> Fit:
+    def _run(self, name: str, model: nn.Module, stage: Stage, rules: GroupRules) -> Fit:
         self._reseed(name)
         self.progress.begin(name, self.epochs)
         history: list[float] = []
@@ -181,7 +181,7 @@ class _Rates:
                     self.sums[name] += float(group["lr"])
 
 
-def _left(model: nn.Module, rules: Rules) -> str:
+def _left(model: nn.Module, rules: GroupRules) -> str:
     """Say how many groups of the ruled parameters are not zero yet."""
     parameters = dict(model.named_parameters())
     counts = [

@@ -22,7 +22,7 @@ from tying.penalties.norms import GroupLasso, GrOWL, Penalty
 from tying.penalties.sequences import Ramp
 from tying.plan import TiePlan
 from tying.store import encode
-from tying.train.rules import Key, Rules
+from tying.train.rules import GroupRules, Key
 
 STRENGTHS = (0.5, 1.0, 2.0)
 """How often the prox alone would take away a layer's median group norm over the whole of stage one."""
@@ -38,7 +38,7 @@ class Source:
 
     name: str
     fit: Fit
-    penalties: Rules
+    penalties: GroupRules
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from tying.train.shards import is_sharded, why_not
 
 _COMPUTED = "one that the weight is computed from; remove the parametrization first"
 
-Key: TypeAlias = "str | tuple[str, Groups] | Joined"
-Rules: TypeAlias = Mapping[Key, Penalty]
+Key: TypeAlias = "str | tuple[str, Groups]"
+GroupRules: TypeAlias = "Mapping[Key, Penalty]"
+Rules: TypeAlias = "GroupRules | Mapping[str, Penalty] | Mapping[Joined, Penalty] | Mapping[Key | Joined, Penalty]"
+"""Spelt out, because the keys of a `Mapping` are invariant."""
 
 
 @dataclass(frozen=True, eq=False)
