@@ -56,4 +56,5 @@ if rank == 0:
     print(plan)
     for line in plan.ties[0].partition.labels.reshape(8, 8).tolist():
         print("   ", " ".join(f"{label:2}" if label >= 0 else " ·" for label in line))
+dist.barrier()  # who leaves early may take the others' connections along
 dist.destroy_process_group()
