@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from benchmarks.record import record
+from benchmarks.timing import spread, versus
 from tying.enforce import compact
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
@@ -39,19 +40,13 @@ def time_in_turn(dense: nn.Module, small: nn.Module, batch: int, rounds: int) ->
     timers = [Timer("module(x)", globals={"module": m, "x": x}, num_threads=1) for m in (dense, small)]
     calls = [max(1, round(SECONDS / timer.timeit(2).mean)) for timer in timers]
     seconds = np.array([[t.timeit(n).mean for t, n in zip(timers, calls, strict=True)] for _ in range(rounds)])
-    ratios = seconds[:, 0] / seconds[:, 1]
     return {
         "batch": batch,
         "rounds": rounds,
         "dense_seconds": spread(seconds[:, 0]),
         "compacted_seconds": spread(seconds[:, 1]),
-        "faster": spread(ratios),
+        "faster": versus(seconds[:, 0], seconds[:, 1]),
     }
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return {"quartile_1": float(low), "median": float(middle), "quartile_3": float(high)}
 
 
 def main() -> None:

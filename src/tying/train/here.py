@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tying.axes import adder, broadcast, finer, in_memory_order, multiply_, quiet, scaled, squares_anywhere
 from tying.penalties.arrays import Vector
 from tying.train.rules import Place, Target
-from tying.train.shrink import Steps, factors
-
-Labels = NDArray[np.intp]
+from tying.train.shrink import Labels, Steps, by_label, factors, starts
 
 
 class Here:
@@ -57,11 +53,10 @@ class GroupsHere:
     """The groups of targets, target after target, prepared."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
-        stops = np.cumsum([0, *(target.count for target in targets)]).tolist()
-        spans = [slice(*each) for each in pairwise(stops)]
+        spans = [slice(at, at + target.count) for at, target in zip(starts(targets), targets, strict=True)]
         self._places = [(place, span) for target, span in zip(targets, spans, strict=True) for place in target.places]
         self._parameters = [place.parameter for place, _ in self._places]
-        self._count = int(stops[-1])
+        self._count = sum(target.count for target in targets)
         self._memory: object = None
         self._adders: list[tuple[slice, Callable[[], Vector], Labels | None]] = []
         self._scale = torch.empty(0)
@@ -79,7 +74,7 @@ class GroupsHere:
                 if labels is None:
                     totals[span] = add()
                 else:
-                    totals[span] += np.bincount(labels + 1, weights=add(), minlength=span.stop - span.start + 1)[1:]
+                    totals[span] += by_label(labels, add(), span.stop - span.start)
         return totals
 
     def multiply_(self, factors: Vector) -> None:

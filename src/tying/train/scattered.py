@@ -13,7 +13,7 @@ from tying.axes import broadcast, in_memory_order, multiply_, scaled, squares, s
 from tying.penalties.arrays import Vector
 from tying.train.rules import Place, Target
 from tying.train.shards import Message, is_sharded, local, piece_of
-from tying.train.shrink import Steps, check, factors, join
+from tying.train.shrink import Steps, check, factors, join, starts
 
 
 class Scattered:
@@ -129,11 +129,6 @@ class Weights:
                 view = in_memory_order(parameter, place.axes)
             self._known[place] = memory, view
         return view
-
-
-def starts(targets: Sequence[Target]) -> list[int]:
-    """Return where the groups of every target begin."""
-    return np.cumsum([0, *(target.count for target in targets)]).tolist()[:-1]
 
 
 def _on_host(vectors: list[Tensor]) -> list[Vector]:

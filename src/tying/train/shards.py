@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tying.errors import PenaltyError
+from tying.penalties.arrays import Vector
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
-
-Vector = NDArray[np.float64]
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from tying.penalties.sorted_l1 import shrink_sorted
 from tying.penalties.tensors import check_finite
 from tying.train.rules import Place, Target
 
+Labels = NDArray[np.intp]
 Steps = Mapping[str, float]
 """The step size of every target, by its key; at 0 it is left alone."""
 
@@ -48,14 +49,24 @@ def factors(
     return norms
 
 
+def starts(targets: Sequence[Target]) -> list[int]:
+    """Return where the groups of every target begin, target after target."""
+    return np.cumsum([0, *(target.count for target in targets)]).tolist()[:-1]
+
+
 def join(target: Target, sums: Sequence[Vector]) -> Vector:
     """Return the squared norms of a target's groups, from the sums at the positions of its places."""
     if target.places[0].labels is None:
         return sums[0]
-    total = np.zeros(target.count + 1)
+    total = np.zeros(target.count)
     for place, own in zip(target.places, sums, strict=True):
-        total += np.bincount(cast("NDArray[np.intp]", place.labels) + 1, weights=own, minlength=len(total))
-    return total[1:]
+        total += by_label(cast(Labels, place.labels), own, target.count)
+    return total
+
+
+def by_label(labels: Labels, sums: Vector, count: int) -> Vector:
+    """Return, for each of so many groups, the sum at the positions that have its label; −1 is no group's."""
+    return cast(Vector, np.bincount(labels + 1, weights=sums, minlength=count + 1)[1:])
 
 
 def check(places: Sequence[Place], sums: Sequence[Vector]) -> None:
@@ -78,13 +89,13 @@ def _mend(squares: Vector, targets: Sequence[Target], again: Callable[[Target], 
     """Put sums formed in float64 where those formed in float32 have lost something, or refuse what is not finite."""
     if SAFE[0] < squares.min() and squares.max() < SAFE[1]:
         return
-    starts = np.cumsum([0, *(target.count for target in targets[:-1])])
-    peaks = np.maximum.reduceat(squares, starts)
+    begin = starts(targets)
+    peaks = np.maximum.reduceat(squares, begin)
     for index in np.flatnonzero(~((peaks > SAFE[0]) & (peaks < SAFE[1]))).tolist():
         target = targets[index]
         sums = again(target)
         check(target.places, sums)
-        squares[starts[index] :][: target.count] = join(target, sums)
+        squares[begin[index] :][: target.count] = join(target, sums)
 
 
 def _thresholds(targets: Sequence[Target], steps: Steps) -> Vector:
