@@ -17,6 +17,10 @@ class CompactError(TyingError):
     """The compacted network can't be built, or does not compute what the original computes."""
 
 
+class TieError(TyingError):
+    """Weights that are tied are not, or can't be kept so."""
+
+
 class FileError(TyingError):
     """A file is truncated, foreign, tampered with, or does not fit the model at hand."""
 
