@@ -134,6 +134,27 @@ def test_a_weight_that_is_shared_already_is_one_parameter() -> None:
     ]
 
 
+def test_a_shared_weight_goes_by_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    plan = declare(model, labels={("1.weight", INPUTS): [0, 0, 1]})
+    assert plan == TiePlan([Tie.of("1.weight", INPUTS, [0, 0, 1])])
+    with pytest.raises(PlanError, match=r"at least two parameters for 0\.weight, 1\.weight, got 1"):
+        declare(model, equal=[["0.weight", "1.weight"]])
+
+
+def test_names_over_several_models_are_declared_likewise() -> None:
+    models = {"a": blocks(), "b": blocks(), "c": nn.Linear(4, 6).double()}
+    plan = declare(models, equal=[["?.blocks.0.up.weight", "c.weight"], [("*.encoder.weight", OUTPUTS)], [nn.Conv2d]])
+    assert [[str(member) for member in tie.members] for tie in plan] == [
+        ["a.blocks.0.up.weight[whole]", "b.blocks.0.up.weight[whole]", "c.weight[whole]"],
+        ["a.encoder.weight[outputs]", "b.encoder.weight[outputs]"],
+        ["a.conv.weight[whole]", "b.conv.weight[whole]"],
+    ]
+    models["b"].conv.weight = models["a"].conv.weight
+    assert declare(models, equal=[[nn.Conv2d]]).ties[0] == plan.ties[2]
+
+
 def test_a_bare_layer_has_a_weight_by_type() -> None:
     with pytest.raises(PlanError, match=r"equal: expected at least two parameters for <class .*Linear'>, got 1; widen"):
         declare(nn.Linear(2, 2), equal=[[nn.Linear]])

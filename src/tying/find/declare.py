@@ -11,6 +11,7 @@ from torch import nn
 
 from tying.errors import PlanError
 from tying.groups import Groups
+from tying.models import Models, by_name, parameters_of
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
 
 Selector = str | type[nn.Module] | tuple[str | type[nn.Module], Groups]
@@ -18,19 +19,20 @@ Selector = str | type[nn.Module] | tuple[str | type[nn.Module], Groups]
 
 
 def declare(
-    model: nn.Module,
+    models: Models,
     *,
     labels: Mapping[tuple[str, Groups], ArrayLike] | None = None,
     equal: Sequence[Sequence[Selector]] = (),
 ) -> TiePlan:
-    """Say which weights are equal. The model is only read.
+    """Say which weights are equal. The models are only read.
 
     Args:
-        model: Any module.
+        models: A module, or modules by name: the parameters of `{"a": model}` are called "a.fc1.weight".
         labels: `(parameter, Groups)` → one label per group: the same label is the same value, −1 is zero.
         equal: Sets of selectors; the parameters that a set selects are equal to each other, group by group. A
             selector without `Groups` reads the whole parameter; `[("encoder.weight", Groups.outputs()),
-            ("decoder.weight", Groups.inputs())]` is a transposed tie.
+            ("decoder.weight", Groups.inputs())]` is a transposed tie. A weight with several names in one model
+            goes by any of them, and counts once.
 
     Raises:
         PlanError: A selector that matches nothing, a set with fewer than two parameters, groups that don't compare.
@@ -43,14 +45,14 @@ def declare(
         TiePlan (declare: by hand)
           encoder.weight[outputs] ~ decoder.weight[inputs]: 6 groups → 3 values, 0 pruned
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(models)
     ties = [_labelled(key, given) for key, given in (labels or {}).items()]
     for selectors in equal:
         if isinstance(selectors, str):
             raise PlanError(
                 f"equal: expected sets of parameters, got the name {selectors!r}; write equal=[[{selectors!r}, ...]]"
             )
-        members = [member for selector in selectors for member in _select(model, selector)]
+        members = _select(models, selectors)
         if len(members) < 2:
             raise PlanError(
                 f"equal: expected at least two parameters for {_listed(selectors)}, got {len(members)}; "
@@ -83,21 +85,38 @@ def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
     return Tie.of(*key, labels)
 
 
-def _select(model: nn.Module, selector: Selector) -> list[Member]:
-    pattern, groups = selector if isinstance(selector, tuple) else (selector, Groups.whole())
-    if isinstance(pattern, str):
-        names = [name for name, _ in model.named_parameters() if fnmatchcase(name, pattern)]
-    else:
-        modules = [name for name, module in model.named_modules() if isinstance(module, pattern)]
-        known = dict(model.named_parameters())
-        names = [full for name in modules if (full := qualified(name, "weight")) in known]
-    if not names:
-        available = ", ".join(name for name, _ in model.named_parameters())
+def _select(models: Models, selectors: Sequence[Selector]) -> list[Member]:
+    """Return what the set selects, in its order: of a weight with several names in one model, the first selected."""
+    parameters = parameters_of(models)
+    known: dict[tuple[str, int, Groups], str] = {}
+    members: list[Member] = []
+    for selector in selectors:
+        groups = selector[1] if isinstance(selector, tuple) else Groups.whole()
+        for prefix, name in _names(models, selector):
+            first = known.setdefault((prefix, id(parameters[name]), groups), name)
+            if first == name:  # selected twice by one name: the tie says so
+                members.append(Member(name, groups))
+    return members
+
+
+def _names(models: Models, selector: Selector) -> list[tuple[str, str]]:
+    """Return the names that a selector stands for, each after its model's."""
+    pattern = selector[0] if isinstance(selector, tuple) else selector
+    found: list[tuple[str, str]] = []
+    for prefix, model in by_name(models).items():
+        known = parameters_of({prefix: model} if prefix else model)
+        if isinstance(pattern, str):
+            names = [name for name in known if fnmatchcase(name, pattern)]
+        else:
+            modules = [name for name, module in model.named_modules() if isinstance(module, pattern)]
+            names = [qualified(prefix, qualified(name, "weight")) for name in modules]
+        found += [(prefix, name) for name in names if name in known]
+    if not found:
         raise PlanError(
             f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has "
-            f"{available}: name one of them"
+            f"{', '.join(parameters_of(models))}: name one of them"
         )
-    return [Member(name, groups) for name in names]
+    return found
 
 
 def _listed(selectors: Sequence[Selector]) -> str:
