@@ -1,64 +1,49 @@
-"""One valid `.safetensors` file: each value once, labels packed, and how to build the smaller network again."""
+"""One valid `.safetensors` file: each value once, labels packed, and how to build the smaller networks again."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import overload
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tying.enforce.surgery import TIED, Description, describe, rebuild
-from tying.enforce.tie import Gradient, gradients_of, plan_of, tie_, untie_
+from tying.enforce.surgery import Description, describe, rebuild
 from tying.errors import FileError, TyingError
 from tying.files.atomic import write_atomically
-from tying.files.packing import Packed, pack, unpack
 from tying.files.sealed import seal, unseal
-from tying.groups import Groups
-from tying.plan import Member, Partition, Tie, TiePlan, qualified
-from tying.store.state import (
-    EXTRA,
-    State,
-    View,
-    check_not_outgrown,
-    check_transient,
-    collect,
-    dtype_name,
-    fill,
-    is_dense,
-    refuse_lazy,
-)
-from tying.store.unique import Step, plan_in_force, unique_set
+from tying.models import Models, by_name
+from tying.plan import TiePlan
+from tying.store import before
+from tying.store.bundle import below, only, prefixed, tie_within, together, wanted
+from tying.store.record import Understood, Written, state_of, tie_of, with_known, without_known
+from tying.store.state import State, check_not_outgrown, check_transient, collect, fill, is_dense, refuse_lazy
+from tying.store.ties import Tied, in_force, tie_again_, untied
+from tying.store.unique import plan_in_force, unique_set
 
 KIND, VERSION = "tying.model", 1
 
-_INTEGERS = {
-    dtype_name(dtype): dtype for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-}
 
+def save(models: Models, path: str | Path, *, plan: TiePlan | None = None) -> None:
+    """Write a network, or several as a bundle, as one `.safetensors` file: each tensor once, ties once.
 
-def save(model: nn.Module, path: str | Path, *, plan: TiePlan | None = None) -> None:
-    """Write a network as one `.safetensors` file: each tensor once, ties once, labels in ⌈log2 K⌉ bits.
-
-    In the file: every tensor of the state dict once, however many names it has, in its own dtype; the values of tied
-    layers and of weights tied by `tie_` as the network holds them, `(out, K, …)` or `(K, D)`; weights that obey the
-    `plan` bit for bit with one group per label; integer and boolean buffers (labels among them) packed. As metadata,
-    in JSON: the architecture, what is shared or frozen, the plan, a sum of everything. No pickle. The same network
-    gives the same bytes. The inverse is `load`.
+    In the file: every tensor of the state dicts once, however many names it has in however many networks, in its own
+    dtype; the values of tied layers, `(out, K, …)`; weights tied by `tie_`, and weights that obey the `plan` bit for
+    bit, with one group per label; integer and boolean buffers (labels among them) packed in ⌈log2 K⌉ bits. As metadata,
+    in JSON: the architectures, what is shared or frozen, the plan, a sum of everything. No pickle. The same networks
+    give the same bytes. The inverse is `load`, of all or of each by itself.
 
     Args:
-        model: Any dtype, device and mode; not written to.
+        models: One network, or several by name: `{"a": model_a, "b": model_b}`. Any dtype, device and mode; not
+            written to.
         path: The file appears whole or not at all: a full disk or Ctrl-C leaves the old one.
         plan: Kept with the network (see `load_plan`), also where it speaks of the network before compacting; without
-            one, the ties of the network's own layers.
+            one, the ties in force. Of `match(models, equal=True)`, it stores once what is equal and not yet tied.
 
     Raises:
         FileError: If the state dict holds what safetensors or JSON can't.
+        PlanError: If the models are not a network, or networks by names without dots.
         OSError: If the disk is full, or the folder missing or not writable.
 
     Example:
@@ -72,21 +57,24 @@ def save(model: nn.Module, path: str | Path, *, plan: TiePlan | None = None) -> 
         >>> torch.equal(again(x), small(x))
         True
     """
-    write_atomically(path, encode(model, plan=plan))
+    write_atomically(path, encode(models, plan=plan))
 
 
-def encode(model: nn.Module, *, plan: TiePlan | None = None) -> bytes:
+def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
     """Return the bytes that `save` writes."""
-    state = collect(model)
-    unique = unique_set(model, state, plan)
+    ties, plain = in_force(models), untied(models)
+    whole = together(plain)
+    state = collect(whole)
+    unique = unique_set(whole, state, (*(tie for tie, _ in ties), *(plan or ())))
     hidden = {member.parameter for step in unique.steps for member in step.tie.members}
-    written = _Written()
+    written = Written()
     for name, tensor in {**state.tensors, **unique.parameters}.items():
         if name not in hidden or name in unique.parameters:
             written.put(name, tensor)
-    tied, gradients = plan_of(model), gradients_of(model)
+    layers = plan_in_force(whole)
     record = {
-        "architecture": _without_known(describe(_untied(model)), state),
+        "models": [] if isinstance(models, nn.Module) else list(models),
+        "architecture": without_known(_described(plain), state),
         "aliases": dict(state.aliases),
         "views": {name: [v.base, v.shape, v.strides, v.offset] for name, v in state.views.items()},
         "strides": {
@@ -98,197 +86,117 @@ def encode(model: nn.Module, *, plan: TiePlan | None = None) -> bytes:
         "extra": dict(state.extra),
         "transient": dict(state.transient),
         "steps": [[written.tie(step.tie), step.shapes] for step in unique.steps],
-        "tie_": [[written.tie(tie), gradients[tie.members[0].parameter]] for tie in tied],
-        "plan": written.plan(plan if plan is not None else plan_in_force(model)),
+        "ties": [[written.tie(tie), gradient] for tie, gradient in ties],
+        "plan": written.plan(
+            plan if plan is not None else TiePlan((*layers, *(t for t, _ in ties)), layers.provenance)
+        ),
         "packed": written.packed,
         "labels": written.labels,
     }
     return seal(written.tensors, {k: v for k, v in record.items() if v}, kind=KIND, version=VERSION)
 
 
-def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Read a network that `save` wrote: its outputs equal the saved one's bit for bit, on the same machine.
+@overload
+def load(path: str | Path, models: nn.Module, *, name: str | None = None) -> nn.Module: ...
+@overload
+def load(path: str | Path, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]: ...
+def load(path: str | Path, models: Models, *, name: str | None = None) -> nn.Module | dict[str, nn.Module]:
+    """Read what `save` wrote: outputs equal the saved networks' bit for bit, on the same machine.
+
+    Networks read together share what the saved ones shared: one tensor object under several names, ties made again by
+    `tie_`. A network read by itself has all its values, and needs no other.
 
     Args:
         path: The file.
-        model: The original architecture, freshly built (its values don't matter), or the compacted one. Not written
-            to. Devices and training mode are taken from it, dtypes and `requires_grad` from the file.
+        models: The original architecture, freshly built (its values don't matter), or the compacted one; of a bundle,
+            all or some by name. Not written to. Devices and training mode are taken from it, dtypes and
+            `requires_grad` from the file.
+        name: Which network of a bundle `models` is, to read it by itself.
 
     Returns:
-        A new module.
+        A new module, or new modules by name. Modules that were one in several networks come back apart, their tensors
+        shared.
 
     Raises:
         FileError: If the file is not there, truncated, foreign, changed since, or newer than this version reads, or
-            if the model is of another architecture; names the tensor or module.
+            if a model is of another architecture; names the tensor or module. If a bundle is read as one network or
+            one network as a bundle, or has none of that name.
+        PlanError: If the models are not a network, or networks by names without dots.
+
+    Example:
+        >>> import tempfile, os
+        >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+        >>> b.weight = a.weight
+        >>> path = os.path.join(tempfile.mkdtemp(), "pair.safetensors")
+        >>> save({"a": a, "b": b}, path)
+        >>> pair = load(path, {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)})
+        >>> pair["a"].weight is pair["b"].weight
+        True
+        >>> torch.equal(load(path, nn.Linear(3, 2), name="b").weight, a.weight)
+        True
     """
     stored, record = unseal(path, kind=KIND, version=VERSION)
-    with _Understood(path):
-        state = _state(stored, record)
-        description = _with_known(record.get("architecture", {}), state)
-        ties = [(_tie_of(entry, stored, record), str(gradient)) for entry, gradient in record.get("tie_", ())]
+    names = [str(each) for each in record.get("models", ())]
+    parts = wanted(path, models, name, names)
+    with Understood(path):
+        state = state_of(stored, record)
+        ties: list[Tied] = [(tie_of(entry, stored, record), gradient) for entry, gradient in record.get("ties", ())]
+        if old := record.get("tie_"):
+            ties = [(tie_of(entry, stored, record), gradient) for entry, gradient in old]
+            state = before.weights_of(state, [tie for tie, _ in ties], record)
+        description = with_known(record.get("architecture", {}), state)
+        if names and set(parts) < set(names):
+            shapes = state.shapes()
+            ties = [(left, each) for tie, each in ties if (left := tie_within(tie, parts, shapes)) is not None]
+            state = only(state, parts)
     try:
-        refuse_lazy(model)
-        check_transient(model, state)
-        check_not_outgrown(model, state)
-        with torch.random.fork_rng(devices=[]):  # layers draw their first values, which are not kept
-            built = rebuild(_untied(model), description)
-            for gradient in sorted({gradient for _, gradient in ties}):
-                tie_(built, TiePlan([tie for tie, g in ties if g == gradient]), gradient=cast(Gradient, gradient))
-        fill(built, state)
+        built = _built(parts, description, state, ties)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     except TyingError as error:
         raise FileError(f"{path}: expected the architecture that was saved, got another: {error}") from error
-    return built
+    return next(iter(built.values())) if isinstance(models, nn.Module) else built
 
 
 def load_plan(path: str | Path) -> TiePlan:
-    """Read the plan that `save` kept: the one it was given, or the ties of the network's own layers.
+    """Read the plan that `save` kept: the one it was given, or the ties that were in force.
 
     Raises:
         FileError: As `load`, for what is wrong with the file.
     """
     tensors, record = unseal(path, kind=KIND, version=VERSION)
-    with _Understood(path):
+    with Understood(path):
         stored = record.get("plan", {"ties": [], "provenance": {}})
-        return TiePlan([_tie_of(tie, tensors, record) for tie in stored["ties"]], stored["provenance"])
+        return TiePlan([tie_of(tie, tensors, record) for tie in stored["ties"]], stored["provenance"])
 
 
-@dataclass
-class _Written:
-    """The tensors of a file in the making."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    packed: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
-    labels: list[str] = field(default_factory=list[str])
-    """Names of tensors that are not the network's own: labels of ties that no buffer of the network holds."""
-    _known: dict[Packed, str] = field(default_factory=dict[Packed, str])
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the network, packed if it holds integers and that makes it smaller."""
-        dtype = dtype_name(tensor.dtype)
-        if dtype in _INTEGERS and tensor.dim():
-            packed = pack(tensor.detach().cpu().numpy())
-            if len(packed.content) < tensor.numel() * tensor.element_size():
-                self._put(name, packed, dtype, tuple(tensor.shape))
-                return
-        self.tensors[name] = tensor
-
-    def tie(self, tie: Tie) -> list[Any]:
-        """Describe a tie; its labels are written unless equal ones are there. After every `put`."""
-        packed = pack(tie.partition.labels)
-        if packed not in self._known:
-            name = f"labels.{len(self.labels)}"
-            while name in self.tensors:
-                name += "_"
-            self._put(name, packed, "int64", (packed.count,))
-            self.labels.append(name)
-        return [[[m.parameter, m.groups.kind] for m in tie.members], self._known[packed]]
-
-    def plan(self, plan: TiePlan) -> dict[str, Any]:
-        """Describe a plan."""
-        ties = [self.tie(tie) for tie in plan]
-        return {"ties": ties, "provenance": dict(plan.provenance)} if ties else {}
-
-    def _put(self, name: str, packed: Packed, dtype: str, shape: tuple[int, ...]) -> None:
-        self.tensors[name] = torch.from_numpy(np.frombuffer(packed.content, dtype=np.uint8).copy())
-        self.packed[name] = [packed.low, packed.bits, dtype, shape]
-        self._known.setdefault(packed, name)
+def _described(models: Models) -> Description:
+    each = (prefixed(name, describe(model)) for name, model in by_name(models).items())
+    return {name: entry for description in each for name, entry in description.items()}
 
 
-class _Understood:
-    """A sum protects from damage, not from a record that was made up: what does not fit together is refused too."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)):
-            raise FileError(
-                f"{self.path}: expected a record that fits its tensors, got one that does not ({error!r}); "
-                "save the model again"
-            ) from error
-
-
-def _state(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
-    labels = set(record.get("labels", ()))
-    tensors = {name: _unpacked(name, stored, record) for name in stored if name not in labels}
-    for entry, shapes in reversed(record.get("steps", [])):
-        step = Step(_tie_of(entry, stored, record), tuple(tuple(shape) for shape in shapes))
-        tensors.update(step.undo(tensors))
-    views = {name: View(base, tuple(s), tuple(t), at) for name, (base, s, t, at) in record.get("views", {}).items()}
-    for view in views.values():
-        view.of(tensors[view.base])
-    for name, strides in record.get("strides", {}).items():
-        plain = tensors[name]
-        tensors[name] = torch.empty_strided(plain.shape, strides, dtype=plain.dtype).copy_(plain)
-    return State(
-        tensors,
-        record.get("aliases", {}),
-        views,
-        frozenset(record.get("frozen", ())),
-        record.get("extra", {}),
-        {name: (dtype, tuple(shape)) for name, (dtype, shape) in record.get("transient", {}).items()},
-    )
+def _built(
+    parts: Mapping[str, nn.Module], description: Description, state: State, ties: list[Tied]
+) -> dict[str, nn.Module]:
+    """New networks of the given architectures, brought to the described ones, filled, and tied."""
+    single = parts.get("")
+    given: Models = parts if single is None else single
+    refuse_lazy(together(given))
+    check_transient(together(given), state)
+    check_not_outgrown(together(given), state)
+    with torch.random.fork_rng(devices=[]):  # layers draw their first values, which are not kept
+        built = {name: _rebuilt(name, model, description) for name, model in by_name(untied(given)).items()}
+        models: Models = built if single is None else built[""]
+        whole = together(models)
+        fill(whole, state)
+        tie_again_(models, ties, whole)
+    return built
 
 
-def _unpacked(name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:
-    if name not in record.get("packed", {}):
-        return stored[name]
-    low, bits, dtype, shape = record["packed"][name]
-    packed = Packed(low, bits, math.prod(shape), stored[name].numpy().tobytes())
-    return torch.from_numpy(unpack(packed)).reshape(shape).to(_INTEGERS[dtype])
-
-
-def _tie_of(entry: list[Any], stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tie:
-    members, labels = entry
-    partition = Partition(_unpacked(labels, stored, record).reshape(-1).numpy())
-    return Tie(tuple(Member(name, Groups(kind)) for name, kind in members), partition)
-
-
-def _untied(model: nn.Module) -> nn.Module:
-    """The model, or a copy of it without the ties of `tie_`: these are recorded apart."""
-    if not plan_of(model):
-        return model
-    copied = copy.deepcopy(model)
-    untie_(copied)
-    return copied
-
-
-def _without_known(description: Description, state: State) -> Description:
-    """Leave out of a description what the file's tensors say: their shapes."""
-    shapes = {name: list(shape) for name, shape in state.shapes().items()}
-    lean: Description = {}
-    for path, entry in description.items():
-        unknown = {
-            leaf: s for leaf, s in entry["tensors"].items() if s is None or shapes.get(qualified(path, leaf)) != s
-        }
-        rest = {key: value for key, value in entry.items() if key != "tensors"}
-        lean[path] = {**rest, "tensors": unknown} if unknown else rest
-    return lean
-
-
-_TIED_TYPES = {twin.__name__ for twin in TIED.values()}
-
-
-def _with_known(lean: Description, state: State) -> Description:
-    """The inverse of `_without_known`."""
-    description = {path: {**entry, "tensors": dict(entry.get("tensors", {}))} for path, entry in lean.items()}
-    for name, shape in state.shapes().items():
-        path, _, leaf = name.rpartition(".")
-        if path in description and leaf != EXTRA:
-            description[path]["tensors"][leaf] = list(shape)
-    for entry in description.values():
-        shapes = [shape for shape in entry["tensors"].values() if shape is not None]
-        tied = entry["type"] in _TIED_TYPES
-        if not all(map(_is_shape, shapes)) or (tied and not entry["tensors"]["labels"]):
-            raise ValueError(entry)
-    return description
-
-
-def _is_shape(value: Any) -> bool:
-    sizes = cast("list[Any]", value) if isinstance(value, list) else [None]
-    return all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+def _rebuilt(name: str, model: nn.Module, description: Description) -> nn.Module:
+    try:
+        return rebuild(model, below(name, description) if name else description)
+    except TyingError as error:
+        if not name:
+            raise
+        raise FileError(f"in {name!r}: expected the architecture that was saved, got another: {error}") from error

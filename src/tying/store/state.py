@@ -85,7 +85,7 @@ def collect(model: nn.Module) -> State:
             aliases[name] = first[id(value)]
         else:
             first[id(value)], tensors[name] = name, value
-    views = _views(tensors)
+    views = views_of(tensors)
     derived = {id(b) for m in model.modules() if isinstance(m, tuple(TIED.values())) for b in m.buffers()}
     return State(
         {name: tensor for name, tensor in tensors.items() if name not in views},
@@ -214,8 +214,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _views(tensors: Mapping[str, Tensor]) -> dict[str, View]:
-    """Which tensors lie wholly in the memory of another one, which is then the only one to be stored."""
+def views_of(tensors: Mapping[str, Tensor]) -> dict[str, View]:
+    """Say which tensors lie wholly in the memory of another one, which is then the only one to be stored."""
     groups: dict[tuple[int, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():

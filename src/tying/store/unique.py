@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +38,8 @@ class Step:
             return {m.parameter: small.new_zeros(s) for m, s in zip(self.tie.members, self.shapes, strict=True)}
         values = first.groups.read(small) if _keeps_rank(self.tie) else small
         like = {m.parameter: small.new_empty(1).expand(s) for m, s in zip(self.tie.members, self.shapes, strict=True)}
-        return self.tie.split(self.tie.partition.expand(values), like)
+        whole = self.tie.split(self.tie.partition.expand(values), like)
+        return {name: part.clone() for name, part in whole.items()} if len(whole) > 1 else whole
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def plan_in_force(model: nn.Module) -> TiePlan:
     return replace(TiePlan(ties) + plan_of(model), provenance={"made by": "the layers of the network"})
 
 
-def unique_set(model: nn.Module, state: State, plan: TiePlan | None = None, *, strict: bool = False) -> UniqueSet:
+def unique_set(model: nn.Module, state: State, plan: Iterable[Tie] | None = None, *, strict: bool = False) -> UniqueSet:
     """Store every tie once: those of the model's layers, and those of the plan which the weights obey bit for bit.
 
     Args:
