@@ -3,7 +3,8 @@
 from tying.channels.joined import joined_groups
 from tying.compress import compress, load_task
 from tying.enforce.compact import compact
-from tying.enforce.tie import tie_, unique_parameters, untie_
+from tying.enforce.tie import tie_, untie_
+from tying.enforce.unique import unique_parameters
 from tying.errors import TyingError, TyingWarning
 from tying.find.declare import declare
 from tying.find.discover import discover

@@ -1,7 +1,19 @@
 """What is done with a plan: one stored copy, or a smaller network."""
 
+from tying.enforce.check import check, retie_
 from tying.enforce.compact import compact, plan_compaction
 from tying.enforce.reduction import Compaction
-from tying.enforce.tie import tie_, unique_parameters, untie_
+from tying.enforce.tie import tie_, untie_
+from tying.enforce.unique import shard_groups, unique_parameters
 
-__all__ = ["Compaction", "compact", "plan_compaction", "tie_", "unique_parameters", "untie_"]
+__all__ = [
+    "Compaction",
+    "check",
+    "compact",
+    "plan_compaction",
+    "retie_",
+    "shard_groups",
+    "tie_",
+    "unique_parameters",
+    "untie_",
+]

@@ -1,276 +1,359 @@
-"""One stored copy of tied weights: a parametrization whose only parameter is the unique set."""
+"""Hard ties: each value stored once, in one layer, in several, or in several models; and independent copies again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable, Sequence
+from typing import cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tying.enforce.bonds import (
+    Bond,
+    Bonds,
+    Place,
+    chain_at,
+    install,
+    is_expansion,
+    places_by_parameter,
+    renamed,
+    replace,
+    same_ties,
+    split_labels,
+)
+from tying.enforce.expansion import Gradient
+from tying.enforce.guard import Guard, bonds_of, guards_of
+from tying.enforce.steps import changed, kept, released
 from tying.errors import PlanError
-from tying.groups import Groups
-from tying.plan import Partition, Tie, TiePlan, qualified
-
-Gradient = Literal["sum", "mean"]
+from tying.models import Models, by_name, parameters_of
+from tying.plan import Tie, TiePlan, qualified
 
 
-def tie_(model: nn.Module, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
-    """Make the plan hold in `model`, hard: each tied weight is stored once, and every training step keeps it so.
+def tie_(models: Models, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
+    """Make the plan hold, hard: each tied value is stored once, and every training step keeps it so.
 
-    `model.fc.weight` becomes `expand(U)`, computed at every read; the parameter is `U`, found at
-    `model.fc.parametrizations.weight.original`, of shape `(K, D)` and the weight's dtype: it starts as the mean of each
-    label's groups. With both inputs and outputs of one weight tied, `U` is `(K of outputs, K of inputs · kernel)`.
-    Make the optimizer afterwards: one made before holds state of the old shape. The inverse is `untie_`.
+    Whole weights of one shape become one `nn.Parameter` under all their names. Of other ties (transposes, the first
+    units of a wider layer, sets of groups) one member keeps a plain parameter if it has every value, and the others
+    are computed from it at every read: `model.decoder.parametrizations.weight.original is model.encoder.weight`.
+    Where no member has every value, or the tie is inside one parameter, all are computed from a new parameter of
+    shape `(K, D)`; with both inputs and outputs of one weight tied it is `(K of outputs, K of inputs · kernel)`.
+    A value starts as the mean of its groups, in the weights' dtype.
 
-    This keeps the dense cost of every forward; `compact` is what makes the network smaller and faster.
+    Make optimizers afterwards, from `unique_parameters(models)`: one that holds a parameter that was released, or a
+    gradient that another one has just used, is stopped at its step. From now on a guard looks at every forward,
+    `load_state_dict` and optimizer step whether the ties hold: what broke is mended where the values agree, else
+    a `TieError` says where and how. A copy of one of several tied models alone computes under `torch.no_grad()`, and is
+    not trained. `check` tells how the ties are; the inverse is `untie_`.
+
+    Computed weights keep the dense cost of every forward; `compact` is what makes a network smaller and faster.
 
     Args:
-        model: Written to; each weight named in the plan belongs to one module.
-        plan: Ties inside single parameters, over any `Groups`; one tie per parameter, or one over its inputs and one
-            over its outputs.
-        gradient: Of a value stored once, from the gradients of the weights it stands for: their "sum", which is the
+        models: A model, or several by name; written to.
+        plan: From `declare`, `match`, `discover` or by hand. Every parameter in one tie, or in one over its inputs and
+            one over its outputs.
+        gradient: Of a value stored once, from the gradients of the groups it stands for: their "sum", which is the
             gradient of the loss, or their "mean", which moves each weight as far as an untied step would on average.
 
     Raises:
-        PlanError: If the plan does not fit the model, a weight is shared or parametrized already, or several
-            parameters are tied with each other. The model stays as it was.
+        PlanError: If the plan does not fit the models or contradicts itself, if a weight is tied or parametrized
+            already, or if members differ in dtype, device or in whether they are trained. The models stay as they were.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3))
-        >>> plan = TiePlan([Tie.of("0.weight", Groups.inputs(), [0, 0, 1, -1])])
-        >>> tie_(model, plan)
-        >>> model[0].weight[:, 3]
-        tensor([0., 0., 0.], grad_fn=<SelectBackward0>)
-        >>> [tuple(p.shape) for p in unique_parameters(model)]
-        [(3,), (2, 3)]
-        >>> untie_(model)
-        >>> type(model[0].weight).__name__
-        'Parameter'
+        >>> models = {"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}
+        >>> from tying.find.match import match
+        >>> tie_(models, match(models))
+        >>> models["a"].weight is models["b"].weight
+        True
+        >>> [tuple(p.shape) for p in unique_parameters(models)]
+        [(3, 4), (3,)]
+        >>> untie_(models)
+        >>> models["a"].weight is models["b"].weight
+        False
     """
     if gradient not in get_args(Gradient):
         raise PlanError(f"gradient: expected 'sum' or 'mean', got {gradient!r}; pass one of the two")
-    built: list[tuple[nn.Module, str, _Tied]] = []
-    for name, ties in _by_parameter(model, plan).items():
-        module, leaf = _owner(model, name)
-        built.append((module, leaf, _Tied(ties, getattr(module, leaf), gradient)))
-    before = [getattr(module, leaf).detach().clone() for module, leaf, _ in built]
-    done: list[tuple[nn.Module, str]] = []
-    try:
-        for module, leaf, parametrization in built:
-            parametrize.register_parametrization(module, leaf, parametrization)
-            done.append((module, leaf))
-    except BaseException:
-        for (module, leaf), value in zip(done, before, strict=False):
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
-            with torch.no_grad():
-                getattr(module, leaf).copy_(value)
-        raise
+    parameters = parameters_of(models)
+    _refuse_parametrized(models, plan, parameters)
+    plan.check_fits(parameters)
+    _refuse_tied_already(models, plan, parameters)
+    places, roots = places_by_parameter(models), by_name(models)
+    modules = {(prefix, path): module for prefix, root in roots.items() for path, module in root.named_modules()}
+    built = [_built(ties, parameters, places, modules, gradient) for ties in _by_parameters(plan, parameters)]
+    if not built:
+        return
+    bonds = Bonds([bond for bond, _ in built])
+    used = sorted({place.prefix for bond, _ in built for place in bond.places})
+    guards = [Guard(bonds, prefix, roots[prefix]) for prefix in used]
+    _put_in_force(bonds, [values for _, values in built])
+    for guard in guards:
+        guard.attach(roots[guard.prefix])
+        guard.examine()
 
 
-def untie_(model: nn.Module) -> None:
-    """Give every weight that `tie_` tied back as a plain parameter, with the tied values.
+def untie_(models: Models) -> None:
+    """Give every weight that `tie_` tied a parameter of its own again, with the values it has.
 
-    Make the optimizer anew afterwards. Parametrizations that are not `tie_`'s are left alone.
+    A tie is undone at all its ends, also in models that are not named here. Make optimizers anew afterwards.
+    Parametrizations that are not `tie_`'s are left alone.
 
     Args:
-        model: Written to; a model without ties stays as it is.
+        models: Written to; models without ties stay as they are.
 
     Raises:
-        PlanError: If a weight got another parametrization on top of its tie. The model stays as it was.
+        PlanError: If a weight got another parametrization on top of its tie. The models stay as they were.
     """
-    tied = list(_tied(model))
-    for path, module, leaf, _ in tied:
-        if len(cast(Any, module).parametrizations[leaf]) > 1:
+    each = bonds_of(models)
+    taken = [(bonds, bond, place) for bonds in each for bond in bonds.bonds for place in bonds.present(bond)]
+    for bonds, _, place in taken:
+        module = bonds.module_at(place)
+        chain = chain_at(module, place.leaf)
+        if is_expansion(chain) and len(chain) > 1:
             raise PlanError(
-                f"{qualified(path, leaf)}: expected the tie to be its only parametrization, got others on top of it; "
+                f"{place.key}: expected the tie to be its only parametrization, got others on top of it; "
                 "remove them first (torch.nn.utils.parametrize.remove_parametrizations takes all, the tie with them)"
             )
-    for _, module, leaf, _ in tied:
-        # A deep copy shares the class that holds the weight's property: deleting it there would break the original.
-        shared: Any = type(module)
-        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+    given: dict[tuple[int, int], nn.Parameter] = {}
+    for bonds, bond, place in taken:
+        module = bonds.module_at(place)
+        if module is None or not _has_own(module, place, bond):
+            continue  # the tie is broken there already
+        weight = cast(Tensor, getattr(module, place.leaf))
+        own = given.setdefault(
+            (id(bond), place.member), nn.Parameter(weight.detach().clone(), bond.stored.requires_grad)
+        )
+        replace(module, place.leaf, own)
+        released(bond.stored, place.name)
+    for guard in _all_guards(each, models):
+        guard.detach()
+    changed()
 
 
-def plan_of(model: nn.Module) -> TiePlan:
-    """Return the plan that `tie_` put in force on `model`; empty if there is none."""
-    ties = [
-        Tie.of(qualified(path, leaf), stage.groups, stage.labels.cpu().numpy())
-        for path, _, leaf, tied in _tied(model)
-        for stage in tied.each_stage()
-    ]
+def plan_of(models: Models) -> TiePlan:
+    """Return the plan in force on the models, by the names that parameters have in them; empty if there is none."""
+    paths = {id(module): path for path, module in _modules(models)}
+    ties: list[Tie] = []
+    for bonds in bonds_of(models):
+        for bond in bonds.bonds:
+            names = {
+                bond.ties[0].members[place.member].parameter: qualified(path, place.key)
+                for place in reversed(bonds.present(bond))
+                if (path := paths.get(id(bonds.root(place.prefix)))) is not None
+            }
+            found = (renamed(tie, names, bond.shapes) for tie in same_ties(bond, bonds))
+            ties += [tie for tie in found if tie is not None]
     return TiePlan(ties, {"made by": "tie_"})
 
 
-def gradients_of(model: nn.Module) -> dict[str, Gradient]:
+def gradients_of(models: Models) -> dict[str, Gradient]:
     """Return how `tie_` combines the gradients of each weight it tied, by name: what `plan_of` does not say."""
-    return {qualified(path, leaf): tied.each_stage()[0].gradient for path, _, leaf, tied in _tied(model)}
+    paths = {id(module): path for path, module in _modules(models)}
+    return {
+        qualified(paths[id(root)], place.key): bond.gradient
+        for bonds in bonds_of(models)
+        for bond in bonds.bonds
+        for place in bonds.present(bond)
+        if id(root := bonds.root(place.prefix)) in paths
+    }
 
 
-def unique_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Return the unique set: every parameter once, whatever the number of names, layers or models that share it.
-
-    Hand it to the optimizer: two models' `parameters()` in a row would step a shared one twice.
-
-    Args:
-        models: A model, or several by name.
-
-    Example:
-        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> b.weight = a.weight
-        >>> len(unique_parameters({"a": a, "b": b}))
-        3
-    """
-    each = [models] if isinstance(models, nn.Module) else list(models.values())
-    return list({id(p): p for model in each for p in model.parameters()}.values())
+def _modules(models: Models) -> Iterable[tuple[str, nn.Module]]:
+    for prefix, root in by_name(models).items():
+        for path, module in root.named_modules():
+            yield qualified(prefix, path) if path else prefix, module
 
 
-class _Stage(nn.Module):
-    """One partition of one reading of a tensor: `(K, D)` values to the tensor whose groups they are, and back."""
-
-    labels: Tensor
-
-    def __init__(self, tie: Tie, shape: tuple[int, ...], gradient: Gradient, device: torch.device) -> None:
-        super().__init__()
-        self.groups: Groups = tie.members[0].groups
-        self.classes = tie.partition.classes
-        self.shape = shape
-        self.gradient: Gradient = gradient
-        self.register_buffer("labels", torch.as_tensor(tie.partition.labels.copy(), device=device))
-
-    @property
-    def partition(self) -> Partition:
-        return Partition(self.labels.cpu().numpy())
-
-    def expand(self, values: Tensor) -> Tensor:
-        index = self.labels.remainder(self.classes + 1)  # pruned groups read the zeros, which come last
-        if self.gradient == "mean":
-            ones = torch.ones(len(index), dtype=torch.float64, device=index.device)
-            sizes = ones.new_zeros(self.classes + 1).index_add(0, index, ones)[:-1]
-            values = cast(Tensor, _ScaledGradient.apply(values, (1 / sizes)[:, None].to(values.dtype)))
-        padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
-        return self.groups.write(padded.index_select(0, index), self.shape)
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        return self.partition.mean(self.groups.read(tensor))
-
-    def extra_repr(self) -> str:
-        return f"{self.groups}, {len(self.labels)} groups → {self.classes} values"
+def _all_guards(each: Sequence[Bonds], models: Models) -> list[Guard]:
+    """The guards of all models that are tied with these."""
+    roots = {id(root): root for bonds in each for prefix in bonds.roots if (root := bonds.root(prefix)) is not None}
+    found = guards_of({f"m{i}": root for i, root in enumerate(roots.values())}) if roots else []
+    known = {id(bonds) for bonds in each}
+    return [guard for guard in found if id(guard.bonds) in known]
 
 
-class _Tied(nn.Module):
-    """The parametrization: the stages, inputs before outputs, undone in turn."""
-
-    def __init__(self, ties: Sequence[Tie], weight: Tensor, gradient: Gradient) -> None:
-        super().__init__()
-        shape = tuple(weight.shape)
-        stages: list[_Stage] = []
-        for tie in ties:
-            stages.append(_Stage(tie, shape, gradient, weight.device))
-            # Only an inputs tie is followed by another: its unique set, read as a smaller weight.
-            shape = (shape[0], tie.partition.classes, *shape[2:])
-        self.stages = nn.ModuleList(stages)
-
-    def each_stage(self) -> list[_Stage]:
-        return [cast(_Stage, stage) for stage in self.stages]
-
-    def forward(self, values: Tensor) -> Tensor:
-        first, *rest = self.each_stage()
-        for stage in reversed(rest):
-            values = Groups.inputs().read(stage.expand(values))
-        return first.expand(values)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        first, *rest = self.each_stage()
-        values = first.mean(weight.double())
-        for stage in rest:
-            values = stage.mean(Groups.inputs().write(values, stage.shape))
-        return values.to(weight.dtype)
+def _has_own(module: nn.Module, place: Place, bond: Bond) -> bool:
+    """Whether a place still uses what is stored."""
+    chain = chain_at(module, place.leaf)
+    if place.expanded:
+        return is_expansion(chain) and chain.original is bond.stored
+    return getattr(module, place.leaf, None) is bond.stored
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(scale)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (scale,) = ctx.saved_tensors
-        return gradient * scale, None
-
-
-def _tied(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Tied]]:
-    """The weights that `tie_` tied: the module's path, the module, the attribute, the parametrization."""
-    for path, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for leaf, chain in cast("nn.ModuleDict", module.parametrizations).items():
-                if isinstance(chain[0], _Tied):  # pyright: ignore[reportIndexIssue]
-                    yield path, module, leaf, chain[0]  # pyright: ignore[reportIndexIssue]
-
-
-def _by_parameter(model: nn.Module, plan: TiePlan) -> dict[str, list[Tie]]:
-    """The ties of each parameter, inputs first.
+def _by_parameters(plan: TiePlan, parameters: dict[str, nn.Parameter]) -> list[tuple[Tie, ...]]:
+    """The ties, those over inputs and outputs of one parameter together.
 
     Raises:
-        PlanError: If a tie has several members, the plan does not fit, or the ties of a parameter overlap.
+        PlanError: If ties overlap in any other way; names the parameter and both ties.
     """
-    result: dict[str, list[Tie]] = {}
+    over: dict[int, list[Tie]] = {}
     for tie in plan:
-        if len(tie.members) != 1:
+        for member in tie.members:
+            over.setdefault(id(parameters[member.parameter]), []).append(tie)
+    result: dict[int, tuple[Tie, ...]] = {}
+    for ties in over.values():
+        distinct = sorted({id(t): t for t in ties}.values(), key=lambda tie: tie.members[0].groups.kind)
+        kinds = [tie.members[0].groups.kind for tie in distinct]
+        if len(distinct) > 1 and (kinds != ["inputs", "outputs"] or any(len(tie.members) > 1 for tie in distinct)):
+            names = dict.fromkeys(m.parameter for tie in distinct for m in tie.members)
+            shared = next(n for n in names if sum(n in (m.parameter for m in tie.members) for tie in distinct) > 1)
             raise PlanError(
-                f"{tie}: expected a tie inside one parameter, got {len(tie.members)} members; make one tie for each, "
-                "or let the modules share the parameter (a.weight = b.weight)"
+                f"{shared}: expected one tie, or one over inputs and one over outputs of this parameter alone, got "
+                f"{' and '.join(f'({tie})' for tie in distinct)}; merge their labels into one tie"
             )
-        result.setdefault(tie.members[0].parameter, []).append(tie)
-    for name, ties in result.items():
-        _check_not_parametrized(model, name)
-        kinds = [tie.members[0].groups.kind for tie in ties]
-        if len(ties) > 1 and sorted(kinds) != ["inputs", "outputs"]:
+        result[id(distinct[0])] = tuple(distinct)
+    return list(result.values())
+
+
+def _refuse_parametrized(models: Models, plan: TiePlan, parameters: dict[str, nn.Parameter]) -> None:
+    modules = dict(_modules(models))
+    for name in (member.parameter for tie in plan for member in tie.members if member.parameter not in parameters):
+        path, _, leaf = name.rpartition(".")
+        if path in modules and parametrize.is_parametrized(modules[path], leaf):
             raise PlanError(
-                f"{name}: expected one tie, or one over inputs and one over outputs, got {kinds}; merge the labels"
+                f"{name}: expected a plain parameter, got one with a parametrization; call untie_ first, or "
+                "torch.nn.utils.parametrize.remove_parametrizations"
             )
-        ties.sort(key=lambda tie: tie.members[0].groups.kind)
-    plan.check_fits(dict(model.named_parameters()))
-    return result
 
 
-def _check_not_parametrized(model: nn.Module, name: str) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules()).get(path)
-    if module is not None and parametrize.is_parametrized(module, leaf):
-        raise PlanError(
-            f"{name}: expected a plain parameter, got one with a parametrization; call untie_ first, or "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
+def _refuse_tied_already(models: Models, plan: TiePlan, parameters: dict[str, nn.Parameter]) -> None:
+    stored = {
+        id(bond.stored): f"tied with {', '.join(p.name for p in bond.places)}"
+        for bonds in bonds_of(models)
+        for bond in bonds.bonds
+    }
+    for tie in plan:
+        for member in tie.members:
+            if id(parameters[member.parameter]) in stored:
+                raise PlanError(
+                    f"{member.parameter}: expected a weight that is not tied yet, got one "
+                    f"{stored[id(parameters[member.parameter])]}; call untie_ first, and tie all in one plan"
+                )
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The one module that reads the parameter at every forward, and the attribute it reads.
+def _built(
+    ties: tuple[Tie, ...],
+    parameters: dict[str, nn.Parameter],
+    places: dict[int, list[tuple[str, str, str]]],
+    modules: dict[tuple[str, str], nn.Module],
+    gradient: Gradient,
+) -> tuple[Bond, Tensor]:
+    """Return a bond, and the values it is to store; nothing is changed."""
+    tie = ties[0]
+    _refuse_unlike(tie, parameters)
+    members = [parameters[member.parameter] for member in tie.members]
+    shapes = tuple(tuple(p.shape) for p in members)
+    home = _home(tie, shapes) if len(members) > 1 else None
+    plain = [gradient == "sum" and home is not None and _as_home(tie, shapes, home, i) for i in range(len(members))]
+    stored = members[home] if home is not None and plain[home] else None
+    everywhere = tuple(
+        Place(*at, i, not plain[i]) for i, parameter in _first_of_each(members) for at in places[id(parameter)]
+    )
+    _refuse_lists(tie, everywhere, modules)
+    bond = Bond(ties, gradient, shapes, home, cast(nn.Parameter, stored), everywhere)
+    values = _start(bond, parameters)
+    if stored is None:
+        bond.stored = nn.Parameter(values, requires_grad=members[0].requires_grad)
+    return bond, values
 
-    Raises:
-        PlanError: If several modules hold it, or the module keeps references of its own to it.
-    """
-    parameter = dict(model.named_parameters())[name]
-    holders = [
-        (module, leaf, qualified(path, leaf))
-        for path, module in model.named_modules()
-        for leaf, held in module.named_parameters(recurse=False, remove_duplicate=False)
-        if held is parameter
-    ]
-    module, leaf, _ = holders[0]
-    if len(holders) > 1:
-        raise PlanError(
-            f"{name}: expected a parameter of one module, got one shared as {', '.join(n for _, _, n in holders)}; "
-            "give each module its own before tying inside it"
-        )
-    if isinstance(module, nn.RNNBase):
-        raise PlanError(
-            f"{name}: expected a layer that reads its weight at every call, got {type(module).__name__}, which keeps a "
-            "list of its weights; leave it out of the plan"
-        )
-    return module, leaf
+
+def _first_of_each(members: Sequence[nn.Parameter]) -> list[tuple[int, nn.Parameter]]:
+    """The distinct parameters, each with the first member that is it."""
+    first: dict[int, int] = {}
+    for i, parameter in enumerate(members):
+        first.setdefault(id(parameter), i)
+    return [(i, members[i]) for i in first.values()]
+
+
+def _refuse_lists(tie: Tie, places: Sequence[Place], module_at: dict[tuple[str, str], nn.Module]) -> None:
+    """Raise `PlanError` where a module keeps references of its own to a weight that is to be computed."""
+    for place in places:
+        module = module_at[place.prefix, place.path]
+        if place.expanded and isinstance(module, nn.RNNBase):
+            raise PlanError(
+                f"{place.name}: expected a layer that reads its weight at every call, got {type(module).__name__}, "
+                f"which keeps a list of its weights; leave it out of the plan ({tie})"
+            )
+
+
+def _home(tie: Tie, shapes: tuple[tuple[int, ...], ...]) -> int | None:
+    """The first member that has every value exactly once: the others can be computed from it."""
+    for i, labels in enumerate(split_labels(tie, shapes)):
+        if len(labels) == tie.partition.classes == len(np.unique(labels)) and labels.min(initial=0) >= 0:
+            return i
+    return None
+
+
+def _as_home(tie: Tie, shapes: tuple[tuple[int, ...], ...], home: int, member: int) -> bool:
+    """Whether a member's weight is that of the home itself."""
+    labels = split_labels(tie, shapes)
+    return (
+        tie.members[member].groups == tie.members[home].groups
+        and shapes[member] == shapes[home]
+        and np.array_equal(labels[member], labels[home])
+    )
+
+
+def _start(bond: Bond, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """The mean of each value's groups, as it is to be stored; summed in float64."""
+    tie = bond.ties[0]
+    with torch.no_grad():
+        if len(bond.ties) == 2:
+            weight = parameters[tie.members[0].parameter]
+            return bond.expansion(0, weight.device).right_inverse(weight.double()).to(weight.dtype)
+        matrix = tie.matrix(parameters)
+        if bond.home is None:
+            return tie.partition.mean(matrix)
+        home = split_labels(tie, bond.shapes)[bond.home]
+        values = tie.partition.mean(matrix)[torch.as_tensor(home.copy(), device=matrix.device)]
+        return tie.members[bond.home].groups.write(values, bond.shapes[bond.home])
+
+
+def _refuse_unlike(tie: Tie, parameters: dict[str, nn.Parameter]) -> None:
+    names = [member.parameter for member in tie.members]
+    each = [parameters[name] for name in names]
+    for name, parameter in zip(names, each, strict=True):
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise PlanError(
+                f"{name}: expected a floating-point weight, got {parameter.dtype}; leave it out of the plan"
+            )
+        if names.count(name) > 1:
+            raise PlanError(
+                f"{name}: expected to be tied with other parameters, got a tie with itself ({tie}); drop it"
+            )
+    traits = {
+        "of one dtype": [str(p.dtype) for p in each],
+        "on one device": [str(p.device) for p in each],
+        "all trained or all frozen": ["trained" if p.requires_grad else "frozen" for p in each],
+    }
+    for what, found in traits.items():
+        if len(set(found)) > 1:
+            shown = ", ".join(f"{name} {trait}" for name, trait in zip(names, found, strict=True))
+            raise PlanError(f"{' ~ '.join(names)}: expected weights {what}, got {shown}; make them alike first")
+
+
+def _put_in_force(bonds: Bonds, values: Sequence[Tensor]) -> None:
+    """Install every bond; if that fails, put every module's own parameter back."""
+    done: list[tuple[nn.Module, Place, nn.Parameter]] = []
+    installed: set[tuple[int, str]] = set()
+    try:
+        for bond in bonds.bonds:
+            for place in bond.places:
+                module = cast(nn.Module, bonds.module_at(place))
+                if (id(module), place.leaf) not in installed:
+                    installed.add((id(module), place.leaf))
+                    done.append((module, place, cast(nn.Parameter, getattr(module, place.leaf))))
+                    install(module, place, bond)
+    except BaseException:
+        for module, place, own in done:
+            if getattr(module, place.leaf, None) is not own:
+                replace(module, place.leaf, own)
+        raise
+    for bond, start in zip(bonds.bonds, values, strict=True):
+        with torch.no_grad():
+            bond.stored.copy_(start)
+        kept(bond.stored)
+    stored = {id(bond.stored) for bond in bonds.bonds}
+    for _, place, own in done:
+        if id(own) not in stored:
+            released(own, place.name)

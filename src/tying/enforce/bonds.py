@@ -1,0 +1,232 @@
+"""Ties in force: the parameter that is stored, and every place of every model that uses it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tying.enforce.expansion import Expansion, Gradient, Stage
+from tying.groups import Groups
+from tying.models import Models, by_name
+from tying.plan import Partition, Tie, qualified
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attribute of a module that uses what is stored: as it is, or expanded."""
+
+    prefix: str
+    """The name of the model; "" if there was but one."""
+    path: str
+    leaf: str
+    member: int
+    """Of the tie."""
+    expanded: bool
+
+    @property
+    def key(self) -> str:
+        """The name within its model: `fc1.weight`."""
+        return qualified(self.path, self.leaf)
+
+    @property
+    def name(self) -> str:
+        """The full name: `a.fc1.weight`."""
+        return qualified(self.prefix, self.key)
+
+    @property
+    def state_key(self) -> str:
+        """What the model's state dict calls the tensor that stands here."""
+        return qualified(self.path, f"parametrizations.{self.leaf}.original") if self.expanded else self.key
+
+
+@dataclass
+class Bond:
+    """One tie in force, or two over the inputs and the outputs of one parameter."""
+
+    ties: tuple[Tie, ...]
+    gradient: Gradient
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the members' weights."""
+    home: int | None
+    """The member in whose shape the values are stored; None: they are stored as `(K, D)`."""
+    stored: nn.Parameter
+    places: tuple[Place, ...]
+    loaded: tuple[str, int] | None = field(default=None, compare=False)
+    """Which model's state dict wrote the values last, and the version that the parameter had then."""
+
+    def expansion(self, member: int, device: torch.device) -> Expansion:
+        """Return what computes a member's weight from what is stored."""
+        if len(self.ties) == 2:
+            return self._two_stages(device)
+        tie = self.ties[0]
+        source = None
+        if self.home is not None:
+            source = (tie.members[self.home].groups, self.shapes[self.home])
+        return Expansion(
+            Stage(
+                tie.members[member].groups,
+                self.labels(member),
+                tie.partition.classes,
+                self.shapes[member],
+                source=source,
+                sizes=tie.partition.sizes if self.gradient == "mean" else None,
+                device=device,
+            )
+        )
+
+    def _two_stages(self, device: torch.device) -> Expansion:
+        inputs, outputs = (tie.partition for tie in self.ties)
+        (shape,) = self.shapes
+        smaller = (shape[0], inputs.classes, *shape[2:])
+        mean = self.gradient == "mean"
+        return Expansion(
+            Stage(
+                Groups.inputs(),
+                inputs.labels,
+                inputs.classes,
+                shape,
+                source=(Groups.inputs(), smaller),
+                sizes=inputs.sizes if mean else None,
+                device=device,
+            ),
+            Stage(
+                Groups.outputs(),
+                outputs.labels,
+                outputs.classes,
+                smaller,
+                sizes=outputs.sizes if mean else None,
+                device=device,
+            ),
+        )
+
+    def labels(self, member: int) -> NDArray[np.int64]:
+        """Return which stored value each group of a member takes, −1 for none."""
+        each = split_labels(self.ties[0], self.shapes)
+        if self.home is None:
+            return each[member]
+        position = np.empty(self.ties[0].partition.classes + 1, dtype=np.int64)
+        position[each[self.home]] = np.arange(len(each[self.home]))
+        position[-1] = -1
+        return position[each[member]]
+
+
+def split_labels(tie: Tie, shapes: tuple[tuple[int, ...], ...]) -> list[NDArray[np.int64]]:
+    """Return the labels of each member's groups."""
+    counts = [member.groups.shape(shape)[0] for member, shape in zip(tie.members, shapes, strict=True)]
+    return np.split(tie.partition.labels, np.cumsum(counts)[:-1])
+
+
+class Bonds:
+    """What one call of `tie_` put in force, known to the guards of all its models.
+
+    A copy, deep or by pickle, knows the models that were copied with it: `absent` names those that were not.
+    """
+
+    def __init__(self, bonds: list[Bond]) -> None:
+        self.bonds = bonds
+        self.roots: dict[str, weakref.ref[nn.Module]] = {}
+
+    @property
+    def absent(self) -> list[str]:
+        """The models that were never there: this is a copy of the others without them."""
+        return sorted({place.prefix for bond in self.bonds for place in bond.places} - set(self.roots))
+
+    def module_at(self, place: Place) -> nn.Module | None:
+        """Return the module of a place, if its model is there and has one."""
+        root = self.root(place.prefix)
+        try:
+            return None if root is None else root.get_submodule(place.path)
+        except AttributeError:
+            return None
+
+    def root(self, prefix: str) -> nn.Module | None:
+        """Return the model of this name, unless it is gone."""
+        reference = self.roots.get(prefix)
+        return None if reference is None else reference()
+
+    def present(self, bond: Bond) -> list[Place]:
+        """Return the places of a bond whose models are there."""
+        return [place for place in bond.places if self.root(place.prefix) is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"bonds": self.bonds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.bonds, self.roots = state["bonds"], {}
+
+
+def install(module: nn.Module, place: Place, bond: Bond) -> None:
+    """Let the module use what is stored, in place of the parameter it has."""
+    if not place.expanded:
+        setattr(module, place.leaf, bond.stored)
+        return
+    own = cast(nn.Parameter, getattr(module, place.leaf))
+    setattr(module, place.leaf, nn.Parameter(own.detach().clone(), own.requires_grad))  # which registering writes to
+    expansion = bond.expansion(place.member, bond.stored.device)
+    parametrize.register_parametrization(module, place.leaf, expansion, unsafe=True)
+    chain_at(module, place.leaf).original = bond.stored
+
+
+def replace(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    """Give the module a parameter of its own again."""
+    if chain_at(module, leaf) is not None:
+        # A deep copy shares the class that holds the weight's property: deleting it there would break the original.
+        shared: Any = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+        chain_at(module, leaf).original = parameter
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    else:
+        setattr(module, leaf, parameter)
+
+
+def chain_at(module: nn.Module | None, leaf: str) -> Any:
+    """Return the list of parametrizations of a weight, or None."""
+    if module is None or not parametrize.is_parametrized(module, leaf):
+        return None
+    return cast("nn.ModuleDict", module.parametrizations)[leaf]
+
+
+def is_expansion(chain: Any) -> bool:
+    """Whether a list of parametrizations begins with that of a tie."""
+    return chain is not None and isinstance(chain[0], Expansion)
+
+
+def same_ties(bond: Bond, bonds: Bonds) -> tuple[Tie, ...]:
+    """Return the ties of a bond, with the labels that a state dict may have brought."""
+    if len(bond.ties[0].members) > 1:
+        return bond.ties
+    chain = chain_at(bonds.module_at(bond.places[0]), bond.places[0].leaf)
+    if not is_expansion(chain):
+        return bond.ties
+    stages = cast(Expansion, chain[0]).each_stage()
+    return tuple(Tie(tie.members, stage.partition) for tie, stage in zip(bond.ties, stages, strict=True))
+
+
+def renamed(tie: Tie, names: dict[str, str], shapes: tuple[tuple[int, ...], ...]) -> Tie | None:
+    """Return the tie under other names, without the members that have none; None if nothing is left of it."""
+    there = [i for i, member in enumerate(tie.members) if member.parameter in names]
+    if not there:
+        return None
+    labels = np.concatenate([split_labels(tie, shapes)[i] for i in there])
+    partition = Partition(labels)
+    if len(there) == 1 < len(tie.members) and partition.classes == len(partition):
+        return None
+    members = (tie.members[i] for i in there)
+    return Tie(tuple(type(m)(names[m.parameter], m.groups) for m in members), partition)
+
+
+def places_by_parameter(models: Models) -> dict[int, list[tuple[str, str, str]]]:
+    """Return where each parameter stands, by its id: the model's name, the module's path, the attribute."""
+    places: dict[int, list[tuple[str, str, str]]] = {}
+    for prefix, root in by_name(models).items():
+        for path, module in root.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(parameter), []).append((prefix, path, leaf))
+    return places

@@ -1,0 +1,114 @@
+"""A state dict on its way into a tied model: what contradicts a tie is refused, what is not tied yet translated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tying.enforce.bonds import Bond, Bonds, Place, chain_at
+from tying.enforce.difference import difference
+from tying.enforce.expansion import Expansion
+from tying.errors import TieError
+from tying.plan import qualified
+
+
+def prepare(bonds: Bonds, model: str, state: dict[str, Tensor], prefix: str) -> list[Bond]:
+    """Check a state dict before it is loaded into one of the models; return the bonds for which it has values.
+
+    The checkpoint of a network that was not tied may have the plain weight where a computed one stands now: it is
+    translated, provided that it obeys the tie.
+
+    Raises:
+        TieError: If the state dict has different values for what is one value, or if another model's state dict has
+            just brought others.
+    """
+    arriving: list[Bond] = []
+    for bond in bonds.bonds:
+        own = [place for place in bond.places if place.prefix == model and bonds.module_at(place) is not None]
+        _refuse_other_labels(bonds, own, state, prefix)
+        _translate(bonds, bond, own, state, prefix)
+        given = [(place, state[prefix + place.state_key]) for place in own if prefix + place.state_key in state]
+        for place, tensor in given[1:]:
+            _refuse_difference(bond, given[0][0].name, given[0][1], place.name, tensor)
+        if given:
+            _refuse_second_opinion(bond, model, *given[0])
+            arriving.append(bond)
+    return arriving
+
+
+def _refuse_second_opinion(bond: Bond, model: str, place: Place, tensor: Tensor) -> None:
+    """Two models are loaded one after the other: the second must not overwrite what the first has brought."""
+    if bond.loaded is None or bond.loaded[0] == model or bond.loaded[1] != bond.stored._version:
+        return
+    first = next(other.name for other in bond.places if other.prefix == bond.loaded[0])
+    _refuse_difference(bond, f"{first}, as loaded just before", bond.stored, place.name, tensor)
+
+
+def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got: Tensor) -> None:
+    if expected is got or expected.shape != got.shape or expected.is_meta or got.is_meta:
+        return  # PyTorch tells the shapes
+    wanted = bond.stored.dtype
+    told = difference(name, expected.detach().to("cpu", wanted), other, got.detach().to("cpu", wanted))
+    if told is not None:
+        raise TieError(f"state_dict: {told}")
+
+
+def _refuse_other_labels(bonds: Bonds, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
+    """Labels inside one parameter are loaded with its values; between several they are the plan's."""
+    for place in own if len(own) and len(bonds_members(bonds, own[0])) > 1 else ():
+        for name, held in _buffers(bonds, place):
+            given = state.get(prefix + name)
+            if given is not None and not torch.equal(given.cpu(), held.cpu()):
+                raise TieError(
+                    f"{place.name}: expected a state dict with the labels of the tie in force, got others; untie_ the "
+                    "models and tie_ them by the plan with which it was saved"
+                )
+
+
+def bonds_members(bonds: Bonds, place: Place) -> tuple[object, ...]:
+    """Return the members of the tie that a place belongs to."""
+    return next(bond.ties[0].members for bond in bonds.bonds if place in bond.places)
+
+
+def _buffers(bonds: Bonds, place: Place) -> list[tuple[str, Tensor]]:
+    if not place.expanded:
+        return []
+    chain = chain_at(cast(nn.Module, bonds.module_at(place)), place.leaf)
+    return [(qualified(place.path, f"parametrizations.{place.leaf}.{n}"), b) for n, b in chain.named_buffers()]
+
+
+def _translate(bonds: Bonds, bond: Bond, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
+    """Put what is stored in the place of the plain weights of a network that was not tied."""
+    plain = [p for p in own if p.expanded and prefix + p.key in state and prefix + p.state_key not in state]
+    if not plain:
+        return
+    home = next((p for p in own if not p.expanded and prefix + p.key in state), None)
+    values = bond.stored.detach().clone() if home is None else state[prefix + home.key].detach()
+    expansions = {place: bond.expansion(place.member, values.device) for place in plain}
+    for place in plain if home is None else ():
+        values = _merged(expansions[place], values, state[prefix + place.key].detach().to(values))
+    for place in plain:
+        weight = state[prefix + place.key]
+        expected = expansions[place](values).to(weight)
+        told = difference(f"the {bond.ties[0].partition.classes} values of the tie", expected, place.name, weight)
+        if told is not None:
+            raise TieError(f"state_dict: {told}")
+    for place in plain:
+        del state[prefix + place.key]
+        state[prefix + place.state_key] = values
+        for name, held in _buffers(bonds, place):
+            state.setdefault(prefix + name, held)
+
+
+def _merged(expansion: Expansion, stored: Tensor, weight: Tensor) -> Tensor:
+    """What is stored, with the values that a weight has."""
+    first, *rest = expansion.each_stage()
+    if rest or first.complete:
+        return expansion.right_inverse(weight)
+    labels = cast(Tensor, first.labels)
+    matrix = (stored if first.source is None else first.source[0].read(stored)).clone()
+    matrix[labels[labels >= 0]] = first.groups.read(weight)[labels >= 0]
+    return matrix if first.source is None else first.source[0].write(matrix, first.source[1])

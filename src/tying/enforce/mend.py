@@ -1,0 +1,157 @@
+"""Which ties hold, which broke and how; and those that broke made whole again where the values agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tying.enforce.bonds import Bond, Bonds, Place, chain_at, install, is_expansion
+from tying.enforce.difference import REMEDY, alike, difference
+from tying.enforce.steps import changed, kept, released
+from tying.errors import TieError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands at a place now."""
+
+    place: Place
+    tensor: Tensor
+    installed: bool
+    """Whether the place reads a stored parameter; else it has a plain weight where an expanded one was."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """How a bond is."""
+
+    bond: Bond
+    found: tuple[Found, ...] = ()
+    problem: str | None = None
+    """Why it can't be mended."""
+    functional: bool = False
+    """Whether tensors that are no parameters stand in for a while, as in `torch.func.functional_call`."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether all places read one tensor."""
+        whole = all(f.installed for f in self.found) and len({id(f.tensor) for f in self.found}) <= 1
+        return self.problem is None and (whole or self.functional)
+
+
+def mend(bonds: Bonds) -> list[Diagnosis]:
+    """Mend every bond, or none; return what was broken.
+
+    Raises:
+        TieError: Names the places whose values differ, with both values.
+    """
+    diagnoses = [diagnose(bonds, bond) for bond in bonds.bonds]
+    for diagnosis in diagnoses:
+        if diagnosis.problem is not None:
+            raise TieError(diagnosis.problem)
+    for diagnosis in diagnoses:
+        _store(diagnosis, bonds)
+    return [diagnosis for diagnosis in diagnoses if not diagnosis.holds]
+
+
+def diagnose(bonds: Bonds, bond: Bond) -> Diagnosis:
+    """Look at all places of a bond; nothing is changed."""
+    found: list[Found] = []
+    for place in bonds.present(bond):
+        what = _look(bonds, place)
+        if isinstance(what, str):
+            return Diagnosis(bond, problem=f"{place.name}: expected the weight {_tied_with(bond, place)}, got {what}")
+        found.append(what)
+    if any(not isinstance(f.tensor, nn.Parameter) for f in found):
+        return Diagnosis(bond, tuple(found), _apart_in_one_model(found), functional=True)
+    return Diagnosis(bond, tuple(found), _disagreement(bond, found))
+
+
+def _look(bonds: Bonds, place: Place) -> Found | str:
+    module = bonds.module_at(place)
+    if module is None:
+        return f"a model without {place.path!r}; put the module back, or call untie_"
+    chain = chain_at(module, place.leaf)
+    own = module._parameters.get(place.leaf)  # pyright: ignore[reportPrivateUsage]
+    if chain is not None:
+        if place.expanded and is_expansion(chain) and len(chain) == 1:
+            return Found(place, chain.original, True)
+        kinds = ", ".join(type(p).__name__ for p in chain)
+        return f"one computed by other parametrizations ({kinds}); remove them, or untie_ before you parametrize"
+    if own is None:
+        moved = f"{place.leaf}_orig" in module._parameters  # pyright: ignore[reportPrivateUsage]
+        why = "pruned by torch.nn.utils.prune" if moved else "gone"
+        return f"one that is {why}; put the parameter back, or untie_ before you change it"
+    return Found(place, own, not place.expanded)
+
+
+def _tied_with(bond: Bond, place: Place) -> str:
+    others = [other.name for other in bond.places if other != place]
+    return f"tied with {', '.join(others)}" if others else "that is stored once"
+
+
+def _apart_in_one_model(found: list[Found]) -> str | None:
+    """While tensors stand in, the places of each model must still have one."""
+    for one in found:
+        for other in found:
+            if one.place.prefix == other.place.prefix and one.tensor is not other.tensor:
+                return (
+                    f"{other.place.name}: expected the tensor that stands in for {one.place.name}, to which it is "
+                    "tied, got another; pass the same tensor for both, or one only"
+                )
+    return None
+
+
+def _disagreement(bond: Bond, found: list[Found]) -> str | None:
+    """Say which places have different values, or None."""
+    reference = _reference(bond, found)
+    if reference is None:
+        names = ", ".join(f.place.name for f in found)
+        return f"{names}: expected at least one that holds the stored values, got none; {REMEDY}"
+    for other in found:
+        if other.tensor is reference.tensor:
+            continue
+        expected = reference.tensor
+        if not other.installed:
+            with torch.no_grad():
+                expected = bond.expansion(other.place.member, expected.device).to(expected.device)(expected)
+        told = difference(reference.place.name, expected, other.place.name, other.tensor)
+        if told is not None:
+            return told
+    return None
+
+
+def _reference(bond: Bond, found: list[Found]) -> Found | None:
+    """What the others are compared with: the stored parameter where it still stands somewhere."""
+    installed = [f for f in found if f.installed]
+    return next((f for f in installed if f.tensor is bond.stored), installed[0] if installed else None)
+
+
+def _store(diagnosis: Diagnosis, bonds: Bonds) -> None:
+    """Make all places of a bond read one parameter: the stored one where it can take the values."""
+    bond, found = diagnosis.bond, diagnosis.found
+    if diagnosis.functional or not found:
+        return
+    reference = cast(Found, _reference(bond, list(found)))
+    if reference.tensor is not bond.stored:
+        if diagnosis.holds or bond.stored.is_meta or not alike(bond.stored, reference.tensor):
+            bond.stored = cast(nn.Parameter, reference.tensor)
+            changed()
+        else:  # optimizers know the stored one
+            with torch.no_grad():
+                bond.stored.copy_(reference.tensor)
+    kept(bond.stored)
+    for place, tensor, installed in ((f.place, f.tensor, f.installed) for f in found):
+        module = cast(nn.Module, bonds.module_at(place))
+        if not installed:
+            install(module, place, bond)
+        elif tensor is not bond.stored:
+            if place.expanded:
+                chain_at(module, place.leaf).original = bond.stored
+            else:
+                setattr(module, place.leaf, bond.stored)
+        if tensor is not bond.stored:
+            released(tensor, place.name)

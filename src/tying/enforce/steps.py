@@ -1,0 +1,161 @@
+"""Optimizers that would step a tied weight twice, or a weight that is no more: stopped before the step."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from tying.enforce.bonds import Bond, Bonds
+from tying.errors import TieError
+
+
+class Guarded(Protocol):
+    """What is asked before a step."""
+
+    bonds: Bonds
+    prefix: str
+
+    def intact(self) -> bool:
+        """Whether everything stands where it stood."""
+        ...
+
+    def examine(self) -> None:
+        """Mend or raise."""
+        ...
+
+    def refuse_training(self) -> None:
+        """Raise if this is a copy without the models to which it is tied."""
+        ...
+
+
+@dataclass
+class _Known:
+    """What an optimizer holds, as of a generation."""
+
+    generation: int
+    count: int
+    guards: list[weakref.ref[Guarded]] = field(default_factory=list["weakref.ref[Guarded]"])
+    stepped: list[Bond] = field(default_factory=list["Bond"])
+
+
+_guards: weakref.WeakSet[Guarded] = weakref.WeakSet()
+_released: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Stored parameter → the optimizer that stepped it last, and the gradient with its version then."""
+_known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
+_generations = itertools.count()
+_generation = next(_generations)
+_hook: object = None
+
+
+def watch(guard: Guarded) -> None:
+    """Ask this guard before every step of an optimizer that holds a parameter of its ties."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_step)
+    _guards.add(guard)
+    changed()
+
+
+def changed() -> None:
+    """Tell that parameters were tied, untied or replaced: what optimizers hold is looked at anew."""
+    global _generation
+    _generation = next(_generations)
+
+
+def released(parameter: Tensor, name: str) -> None:
+    """Remember a parameter that no model has any more."""
+    _released[parameter] = name
+    changed()
+
+
+def kept(parameter: Tensor) -> None:
+    """Forget that a parameter was released: a model has it again."""
+    _released.pop(parameter, None)
+
+
+def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for reference in _look(optimizer).guards:
+        guard = reference()
+        if guard is not None:
+            if not guard.intact():
+                guard.examine()
+            guard.refuse_training()
+    for bond in _look(optimizer).stepped:  # which mending may have changed
+        _refuse_second_step(optimizer, bond)
+
+
+def _look(optimizer: Optimizer) -> _Known:
+    """Find the guards that concern an optimizer, again only after a change.
+
+    Raises:
+        TieError: If it holds a parameter that was released, or one that is tied twice.
+    """
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    known = _known.get(optimizer)
+    if known is not None and (known.generation, known.count) == (_generation, count):
+        return known
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        if parameter in _released:
+            raise TieError(
+                f"optimizer: expected one made after tie_ or untie_, got a {type(optimizer).__name__} with the former "
+                f"parameter of {_released[parameter]}; make it anew from tying.unique_parameters(models)"
+            )
+    held = Counter(map(id, parameters))
+    known = _Known(_generation, count)
+    bonds: dict[int, Bond] = {}
+    for guard in list(_guards):
+        if any(id(tensor) in held for tensor in _tensors(guard)):
+            known.guards.append(weakref.ref(guard))
+            bonds.update({id(bond): bond for bond in guard.bonds.bonds if id(bond.stored) in held})
+    for bond in bonds.values():
+        if held[id(bond.stored)] > 1:
+            raise TieError(
+                f"optimizer: expected {_names(bond)} once, as they are one parameter, got it {held[id(bond.stored)]} "
+                "times; make the optimizer from tying.unique_parameters(models)"
+            )
+    known.stepped = list(bonds.values())
+    _known[optimizer] = known
+    return known
+
+
+def _tensors(guard: Guarded) -> Iterable[Tensor]:
+    """What the guard's ties store, and what stands in their places."""
+    for bond in guard.bonds.bonds:
+        yield bond.stored
+        for place in bond.places:
+            module = guard.bonds.module_at(place) if place.prefix == guard.prefix else None
+            yield from module.parameters() if isinstance(module, nn.Module) else ()
+
+
+def _refuse_second_step(optimizer: Optimizer, bond: Bond) -> None:
+    gradient = bond.stored.grad
+    if gradient is None:
+        return
+    last = _stepped.get(bond.stored)
+    if last is not None:
+        other, seen, version = last[0](), last[1](), last[2]
+        if other is not None and other is not optimizer and seen is gradient and version == gradient._version:
+            raise TieError(
+                f"optimizer: expected one step for the gradient of {_names(bond)}, which are one parameter, got a "
+                f"second one, by {type(optimizer).__name__} after {type(other).__name__}; let one optimizer have it: "
+                "tying.unique_parameters(models)"
+            )
+    _stepped[bond.stored] = (weakref.ref(optimizer), TensorWeakRef(gradient), gradient._version)
+
+
+def _names(bond: Bond) -> str:
+    return " and ".join(dict.fromkeys(place.name for place in bond.places))
