@@ -1,0 +1,233 @@
+"""Which unit of one model faces which of another: assignments on weights, or on activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from torch.utils.hooks import RemovableHandle
+
+from tying.find.permute import Order, Reference, Side, Space, run
+
+Array: TypeAlias = NDArray[np.float64]
+
+IMAGES = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
+"""The layers whose units lie along dimension 1 of what they give; those of others along the last."""
+
+LEAST = 1e-9
+"""The gain, relative to the size of what is compared, below which units stay where they are."""
+
+
+def by_weights(
+    spaces: Sequence[Space], tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> list[Order | None]:
+    """Permute the units of every space so that the tensors come near to their targets.
+
+    Maximised is Σ ⟨target, permuted tensor⟩ over all tensors with a target, in float64, which is to say that
+    Σ ‖target − permuted tensor‖² is least. With the other spaces held, a space is a linear assignment. A first sweep
+    settles one space after the other, each by those numbers whose other axes are settled already (the inputs of the
+    model are), most of them first; then spaces are improved in turn until none can be. The same is done from where the
+    units stand, and the better of the two is kept: the sum is never less than before. Deterministic.
+
+    Args:
+        spaces: What may be permuted.
+        tensors: By name.
+        targets: By name, of the same shapes; tensors without a target count for nothing.
+
+    Returns:
+        One order per space; None where none of its tensors has a target.
+
+    Source: Ainsworth, Hayase, Srinivasa, *Git Re-Basin*, ICLR 2023 (arXiv 2209.04836), section 3.2; the first sweep is
+    not in it.
+    """
+    wanted = {name: target.detach().double().cpu().numpy() for name, target in targets.items()}
+    start = {name: tensors[name].detach().double().cpu().numpy() for name in wanted}
+    compared = [any(side.name in wanted for side in space.sides) for space in spaces]
+    within = [space for space, counts in zip(spaces, compared, strict=True) if counts]
+    search = _Search(within, wanted)
+    found = max((search.from_settled(start), search.from_here(start)), key=lambda each: each[0])[1]
+    orders = iter(found)
+    return [next(orders) if counts else None for counts in compared]
+
+
+def by_activations(
+    spaces: Sequence[Space], model: Reference, other: Reference, names: Mapping[str, str]
+) -> list[Order | None]:
+    """Permute the units of every space so that their activations on the given inputs correlate most with the other's.
+
+    Maximised is Σ_k corr(unit k of the other model, unit order[k] of this one), over the outputs of the modules that
+    make the units (before the nonlinearity), summed over these modules; samples and positions are the observations. A
+    unit that is constant correlates with none. Spaces do not depend on each other. Float64, deterministic.
+
+    Args:
+        spaces: Of the model.
+        model: Whose units are permuted.
+        other: The one they shall face.
+        names: The model's tensors → the other's, where they are paired.
+
+    Returns:
+        One order per space; None where no module's output shows the units in both models.
+
+    Source: Li, Yosinski, Clune, Lipson, Hopcroft, *Convergent Learning*, 2015 (arXiv 1511.07543).
+    """
+    sides = {side.name: side for space in spaces for side in space.makers if side.name in names}
+    mine = _activations(model, {name: name for name in sides}, sides)
+    theirs = _activations(other, {name: names[name] for name in sides}, sides)
+    return [_most_correlated(space, mine, theirs) for space in spaces]
+
+
+class _Search:
+    """Assignments of all spaces at once, towards targets; what is searched is held as permuted copies."""
+
+    def __init__(self, spaces: Sequence[Space], targets: Mapping[str, Array]) -> None:
+        self.spaces = spaces
+        self.targets = targets
+        self.sides = [[side for side in space.sides if side.name in targets] for space in spaces]
+
+    def from_here(self, start: Mapping[str, Array]) -> tuple[float, list[Order]]:
+        """Improve the spaces in turn."""
+        return self._improve(dict(start), [np.arange(space.units) for space in self.spaces], range(len(self.spaces)))
+
+    def from_settled(self, start: Mapping[str, Array]) -> tuple[float, list[Order]]:
+        """Settle the spaces one after the other by what is settled, then improve them in turn."""
+        settled = {name: [np.ones(length, dtype=bool) for length in t.shape] for name, t in self.targets.items()}
+        for side in (side for sides in self.sides for side in sides):
+            settled[side.name][side.axis][side.indices] = False
+        current, orders = dict(start), [np.arange(space.units) for space in self.spaces]
+        waiting, sequence = list(range(len(self.spaces))), list[int]()
+        while waiting:
+            at = max(waiting, key=lambda i: (*self._known(i, settled), -i))
+            if any(self._known(at, settled)):
+                orders[at] = _assign(self._scores(at, current, settled))
+                self._move(at, orders[at], current)
+            for side in self.sides[at]:
+                settled[side.name][side.axis][side.indices] = True
+            waiting.remove(at)
+            sequence.append(at)
+        return self._improve(current, orders, sequence)
+
+    def _improve(
+        self, current: dict[str, Array], orders: list[Order], sequence: Sequence[int]
+    ) -> tuple[float, list[Order]]:
+        moved = True
+        while moved:
+            moved = False
+            for at in sequence:
+                scores = self._scores(at, current)
+                order = _assign(scores)
+                gain = float(scores[np.arange(len(order)), order].sum() - scores.trace())
+                if gain <= LEAST * self._size(at, current):
+                    continue
+                trial = dict(current)
+                self._move(at, order, trial)
+                if self._twice(at) and self._agreement(at, trial) - self._agreement(at, current) <= LEAST * self._size(
+                    at, current
+                ):
+                    continue  # both axes of one tensor: the assignment is no more than a first-order guess
+                current.update(trial)
+                orders[at], moved = orders[at][order], True
+        return sum(float(np.vdot(target, current[name])) for name, target in self.targets.items()), orders
+
+    def _scores(
+        self, at: int, current: Mapping[str, Array], settled: Mapping[str, Sequence[NDArray[np.bool_]]] | None = None
+    ) -> Array:
+        """⟨target's unit, current unit⟩, `(units, units)`; over what is settled only, if given."""
+        scores = np.zeros((self.spaces[at].units,) * 2)
+        for side in self.sides[at]:
+            known = None if settled is None else settled[side.name]
+            wanted, present = (_units(t[side.name], side, known) for t in (self.targets, current))
+            scores += wanted @ present.T
+        return scores
+
+    def _known(self, at: int, settled: Mapping[str, Sequence[NDArray[np.bool_]]]) -> tuple[int, int]:
+        """How many settled numbers each unit has, in matrices and in vectors."""
+        counts = [0, 0]
+        for side in self.sides[at]:
+            others = [known.sum() for axis, known in enumerate(settled[side.name]) if axis != side.axis]
+            counts[not others] += side.indices.shape[1] * int(np.prod(others, dtype=np.int64))
+        return counts[0], counts[1]
+
+    def _move(self, at: int, order: Order, current: dict[str, Array]) -> None:
+        for side in self.sides[at]:
+            line = np.arange(current[side.name].shape[side.axis])
+            line[side.indices] = side.indices[order]
+            current[side.name] = np.take(current[side.name], line, side.axis)
+
+    def _twice(self, at: int) -> bool:
+        names = [side.name for side in self.sides[at]]
+        return len(set(names)) < len(names)
+
+    def _agreement(self, at: int, current: Mapping[str, Array]) -> float:
+        names = {side.name: None for side in self.sides[at]}
+        return sum(float(np.vdot(self.targets[name], current[name])) for name in names)
+
+    def _size(self, at: int, current: Mapping[str, Array]) -> float:
+        """What the inner products could be at most: ‖targets‖·‖tensors‖ of the space."""
+        pairs = [(self.targets[side.name], current[side.name]) for side in self.sides[at]]
+        return sum(float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs)
+
+
+def _units(tensor: Array, side: Side, known: Sequence[NDArray[np.bool_]] | None) -> Array:
+    """Return what each unit has of the tensor, `(units, numbers)`, only where the other axes are known."""
+    for axis, mask in enumerate(known or ()):
+        if axis != side.axis and not mask.all():
+            tensor = np.compress(mask, tensor, axis)
+    return np.moveaxis(tensor, side.axis, 0)[side.indices].reshape(len(side.indices), -1)
+
+
+def _assign(scores: Array) -> Order:
+    """Return the column of each row so that the sum of the scores is largest."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(scores, maximize=True)[1].astype(np.int64)
+
+
+def _most_correlated(space: Space, mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> Order | None:
+    makers = {side.name.rpartition(".")[0]: side for side in reversed(space.makers) if side.name in mine}
+    scores, seen = np.zeros((space.units,) * 2), False
+    for side in makers.values():  # once per module
+        if side.name in theirs and mine[side.name].shape == theirs[side.name].shape:
+            seen = True
+            for column in side.indices.T:  # the corresponding positions of a unit that is several
+                scores += theirs[side.name][:, column].T @ mine[side.name][:, column]
+    return _assign(scores) if seen else None
+
+
+def _activations(model: Reference, names: Mapping[str, str], sides: Mapping[str, Side]) -> dict[str, Array]:
+    """Return, by the keys, the standardised outputs of the layers that own these tensors: `(observations, units)`."""
+    caught: dict[str, list[Tensor]] = {key: [] for key in names}
+    handles: list[RemovableHandle] = []
+    for key, name in names.items():
+        module = model.model.get_submodule(name.rpartition(".")[0])
+        units, images = model.tensors[name].shape[sides[key].axis], isinstance(module, IMAGES)
+
+        def catch(
+            _: nn.Module, __: object, output: object, key: str = key, units: int = units, images: bool = images
+        ) -> None:
+            if isinstance(output, Tensor) and output.dim() > 1:
+                dims = [dim for dim in ((1, -1) if images else (-1, 1)) if output.shape[dim] == units]
+                caught[key] += [output.movedim(dim, -1).reshape(-1, units) for dim in dims[:1]]
+
+        if next(module.children(), None) is None:
+            handles.append(module.register_forward_hook(catch))
+    try:
+        run(model.model, model.inputs[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: _standardised(torch.cat(parts)) for key, parts in caught.items() if parts}
+
+
+def _standardised(observations: Tensor) -> Array:
+    """Return each unit's deviations from its mean, of length 1; zeros where it is constant."""
+    values = observations.detach().double().cpu().numpy()
+    values = values - values.mean(0)
+    lengths = np.linalg.norm(values, axis=0)
+    alive = lengths > 1e-12 * np.abs(observations.detach().double().cpu().numpy()).max(0, initial=0.0)
+    return np.where(alive, values / np.where(alive, lengths, 1), 0)
