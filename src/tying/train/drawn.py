@@ -1,0 +1,262 @@
+"""One tie, laid out: which groups of which weights are drawn to each other, to zero, or to an anchor."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from tying.errors import PenaltyError, PlanError
+from tying.groups import Groups
+from tying.models import Models, by_name, parameters_of
+from tying.penalties.distances import Distance, Stack, stacked
+from tying.penalties.tensors import Argument, check_floating
+from tying.plan import Partition, Tie, TiePlan
+from tying.train.shards import is_sharded
+
+To: TypeAlias = Literal["pairs", "centre", "anchor"]
+
+
+class Drawn:
+    """A tie, and to what its groups are drawn.
+
+    Labels with the same number of groups make one stack `(n, K, D)`: most plans have one. Where every member has every
+    label once and in the same order, the members are the stack as they are.
+    """
+
+    def __init__(self, tie: Tie, to: To, anchors: Mapping[str, Tensor] | None) -> None:
+        self.tie, self.to = tie, to
+        self._anchors = {} if anchors is None else _anchors(tie, anchors)
+        members, labels = len(tie.members), tie.partition.labels
+        self._in_order = members > 1 and np.array_equal(labels, np.tile(np.arange(tie.partition.classes), members))
+        self._stacks = () if self._in_order or to == "anchor" else _stacks(tie.partition)
+        self._pruned = torch.from_numpy(np.flatnonzero(labels < 0))
+
+    def value(self, weights: Mapping[str, Tensor], distance: Distance) -> Tensor:
+        """Return Ω at strength 1, a differentiable scalar; in float32 at least."""
+        tensors = [weights[member.parameter] for member in self.tie.members]
+        tensors = [tensor.to(_common(tensors)) for tensor in tensors]
+        groups = self._groups(tensors, distance)
+        if self.to == "anchor":
+            pairs = zip(groups, tensors, self._anchors_like(tensors), strict=True)
+            return _sum([distance.between(each.read(mine), each.read(anchor)) for each, mine, anchor in pairs])
+        if self._in_order:
+            return self._apart([each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)], distance)
+        matrix = self._matrix(tensors)
+        terms = [self._apart(_take(matrix, index), distance) for index in self._stacks]
+        if len(self._pruned):
+            pruned = _take(matrix, self._pruned)
+            terms.append(distance.between(pruned, torch.zeros_like(pruned)))
+        return _sum(terms) if terms else nothing(tensors)
+
+    def prox(self, weights: Mapping[str, Tensor], distance: Distance, step: float) -> dict[str, Tensor]:
+        """Return argmin_X ½‖X − weights‖² + step · Ω(X), by name: computed in float64, in the weights' dtypes.
+
+        Raises:
+            PenaltyError: If the distance has no prox for so many members.
+        """
+        names = [member.parameter for member in self.tie.members]
+        tensors = [weights[name].detach().double() for name in names]
+        groups = self._groups(tensors, distance)
+        if self.to == "anchor":
+            pairs = zip(groups, tensors, self._anchors_like(tensors), strict=True)
+            drawn = [_shrink_toward(each.read(anchor), each.read(mine), distance, step) for each, mine, anchor in pairs]
+        elif self._in_order:
+            stack = [each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)]
+            drawn = list(self._together(stack, distance, step))
+        else:
+            drawn = self._prox_of_matrix(self._matrix(tensors), distance, step).split(
+                [each.shape(tensor.shape)[0] for each, tensor in zip(groups, tensors, strict=True)]
+            )
+        return {
+            name: each.write(new, tensor.shape).to(weights[name].dtype)
+            for name, each, new, tensor in zip(names, groups, drawn, tensors, strict=True)
+        }
+
+    def _prox_of_matrix(self, matrix: Tensor, distance: Distance, step: float) -> Tensor:
+        result = matrix.clone()
+        for index in self._stacks:
+            result[index.to(matrix.device)] = stacked(self._together(_take(matrix, index), distance, step))
+        if len(self._pruned):
+            result[self._pruned.to(matrix.device)] = distance.shrink(_take(matrix, self._pruned), step)
+        return result
+
+    def _apart(self, stack: Stack, distance: Distance) -> Tensor:
+        return (distance.all_pairs(stack) if self.to == "pairs" else distance.to_mean(stack)).sum()
+
+    def _together(self, stack: Stack, distance: Distance, step: float) -> Stack:
+        return distance.prox_all_pairs(stack, step) if self.to == "pairs" else distance.prox_to_mean(stack, step)
+
+    def _groups(self, tensors: Sequence[Tensor], distance: Distance) -> list[Groups]:
+        """How to read each member: as a whole, without a copy, where its groups make no difference to the distance."""
+        groups = [member.groups for member in self.tie.members]
+        alike = len(set(groups)) == 1 and len({tensor.shape for tensor in tensors}) == 1
+        if distance.elementwise and (self.to == "anchor" or (self._in_order and alike)):
+            return [Groups.whole()] * len(groups)
+        return groups
+
+    def _matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([m.groups.read(tensor) for m, tensor in zip(self.tie.members, tensors, strict=True)])
+
+    def _anchors_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        like = zip(self.tie.members, tensors, strict=True)
+        return [self._anchors[m.parameter].to(tensor.device, tensor.dtype) for m, tensor in like]
+
+
+def weights_of(plan: TiePlan, models: Models) -> dict[str, Tensor]:
+    """Return the weights that a plan names, by name: parameters, or what a parametrization computes.
+
+    Raises:
+        PlanError: Names what is not there or does not fit, or ties that lie on several devices or hold integers.
+    """
+    modules = by_name(models)
+    found: dict[str, Tensor] = {}
+    for tie in plan:
+        for member in tie.members:
+            if member.parameter not in found:
+                weight = _weight(modules, member.parameter)
+                if weight is None:
+                    member.shape(parameters_of(models))  # says what there is
+                    raise PlanError(f"{member}: expected a parameter, got something else; leave it out of the plan")
+                found[member.parameter] = weight
+        _check(tie, found)
+    return found
+
+
+def check_trained(plan: TiePlan, weights: Mapping[str, Tensor]) -> None:
+    """Raise `PlanError` unless every weight can be written to: `prox_` is all or nothing."""
+    for name, weight in weights.items():
+        if not isinstance(weight, nn.Parameter):
+            raise PlanError(
+                f"{name}: expected a parameter, got a weight that is computed; use the value in the loss, or remove "
+                "the parametrization"
+            )
+        if not weight.requires_grad:
+            raise PlanError(
+                f"{name}: expected a parameter in training, got a frozen one; draw the others to it with to={{name: "
+                "tensor}, or unfreeze it"
+            )
+        if is_sharded(weight):
+            raise PlanError(f"{name}: expected a plain parameter, got a sharded one; use the value in the loss")
+        if weight.is_meta:
+            raise PlanError(f"{name}: expected numbers, got a parameter on the meta device; load the model first")
+    for tie in plan:
+        readings: dict[int, Groups] = {}
+        for member in tie.members:
+            if readings.setdefault(id(weights[member.parameter]), member.groups) != member.groups:
+                raise PlanError(
+                    f"{tie}: expected every number once, got {member.parameter} by {member.groups} and by "
+                    f"{readings[id(weights[member.parameter])]}; use the value in the loss"
+                )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity in it: found by its extremes, in one pass."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def nothing(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 0 as a sum over none of the weights, so that a backward pass finds its way."""
+    return _sum([tensor.reshape(-1)[:0] for tensor in tensors[:1]])
+
+
+def _weight(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+    prefix, _, inside = ("", "", name) if "" in modules else name.partition(".")
+    path, _, leaf = inside.rpartition(".")
+    try:
+        owner = modules[prefix].get_submodule(path)
+        weight = getattr(owner, leaf)
+    except (KeyError, AttributeError):
+        return None
+    return weight if isinstance(weight, Tensor) and leaf not in owner._buffers else None  # pyright: ignore[reportPrivateUsage]
+
+
+def _check(tie: Tie, weights: Mapping[str, Tensor]) -> None:
+    each = {member.parameter: weights[member.parameter] for member in tie.members}
+    for name, weight in each.items():
+        if isinstance(weight, UninitializedParameter):
+            raise PlanError(f"{name}: expected a parameter with a shape, got a lazy one; run the model once first")
+        try:
+            check_floating(weight, Argument(name, "weights", "leave it out of the plan", ""))
+        except PenaltyError as error:
+            raise PlanError(str(error)) from error
+    tie.check_fits(weights)
+    shapes = {m.parameter: tuple(weights[m.parameter].shape) for m in tie.members if m.groups.kind == "whole"}
+    if len(set(shapes.values())) > 1:
+        raise PlanError(
+            f"{tie}: expected whole parameters of one shape, got {_by_name(shapes)}; choose Groups by which they "
+            "compare, as outputs with inputs for a transposed tie"
+        )
+    devices = {name: weight.device for name, weight in each.items()}
+    if len(set(devices.values())) > 1:
+        raise PlanError(f"{tie}: expected weights on one device, got {_by_name(devices)}; move the models to one")
+
+
+def _by_name(values: Mapping[str, object]) -> str:
+    return " and ".join(f"{name}: {value}" for name, value in values.items())
+
+
+def _anchors(tie: Tie, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of the anchors, the tie's pruned groups zero: what is pruned is drawn there."""
+    for member in tie.members:
+        anchor = cast(object, given.get(member.parameter))
+        if not isinstance(anchor, Tensor) or not anchor.is_floating_point():
+            kind = "none" if anchor is None else getattr(anchor, "dtype", type(anchor).__name__)
+            raise PlanError(
+                f"to[{member.parameter!r}]: expected an anchor of real numbers for every parameter of the plan, "
+                f"got {kind}; the anchor has {', '.join(list(given)[:8]) or 'nothing'}"
+            )
+    try:
+        tie.check_fits(given)
+    except PlanError as error:
+        raise PlanError(f"to: {error}") from error
+    if not tie.partition.pruned:
+        return {member.parameter: given[member.parameter].detach().clone() for member in tie.members}
+    matrices = [member.groups.read(given[member.parameter].detach()) for member in tie.members]
+    stays = torch.from_numpy(tie.partition.labels >= 0)
+    parts = zip(tie.members, matrices, stays.split([len(matrix) for matrix in matrices]), strict=True)
+    return {
+        member.parameter: member.groups.write(
+            torch.where(kept[:, None].to(matrix.device), matrix, 0.0), given[member.parameter].shape
+        )
+        for member, matrix, kept in parts
+    }
+
+
+def _stacks(partition: Partition) -> tuple[Tensor, ...]:
+    """Return the groups of the labels that several share, `(n, K)` int64 for every n: column by column a label."""
+    kept = np.flatnonzero(partition.labels >= 0)
+    by_label = kept[np.argsort(partition.labels[kept], kind="stable")]
+    starts = np.cumsum(partition.sizes) - partition.sizes
+    counts = [int(count) for count in np.unique(partition.sizes) if count > 1]
+    return tuple(
+        torch.from_numpy(by_label[starts[partition.sizes == count] + np.arange(count)[:, None]]) for count in counts
+    )
+
+
+def _take(matrix: Tensor, index: Tensor) -> Tensor:
+    """Return the groups of an index of any shape: `(G, D)`, `(…)` → `(…, D)`."""
+    found = matrix.index_select(0, index.to(matrix.device).reshape(-1))
+    return found.reshape(*index.shape, matrix.shape[1])
+
+
+def _shrink_toward(anchor: Tensor, matrix: Tensor, distance: Distance, step: float) -> Tensor:
+    return anchor + distance.shrink(matrix - anchor, step)
+
+
+def _common(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = functools.reduce(torch.add, [term.sum() for term in terms])
+    return cast(Tensor, total.full_tensor()) if is_sharded(total) else total  # pyright: ignore[reportAttributeAccessIssue]
