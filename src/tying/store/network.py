@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tying.enforce.surgery import Description, describe, rebuild
-from tying.errors import FileError, TyingError
+from tying.errors import FileError, PlanError, TyingError
 from tying.files.atomic import write_atomically
 from tying.files.sealed import seal, unseal
 from tying.models import Models, by_name
@@ -62,6 +62,8 @@ def save(models: Models, path: str | Path, *, plan: TiePlan | None = None) -> No
 
 def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
     """Return the bytes that `save` writes."""
+    if not by_name(models):
+        raise PlanError('models: expected at least one, got none; write {"a": model_a, "b": model_b}')
     ties, plain = in_force(models), untied(models)
     whole = together(plain)
     state = collect(whole)
