@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tying.enforce import tie as ties
+from tying.enforce.tie import tie_
+from tying.enforce.unique import unique_parameters
 from tying.groups import Groups
 from tying.models import Models
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
@@ -108,6 +109,12 @@ class Subject:
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda call, x: call(x)
     """How a model is called: under autocast, under checkpointing."""
+    share: slice = field(default_factory=lambda: slice(None))
+    """Of each batch: what this process learns from."""
+    together: Callable[[], dict[str, Tensor]] | None = None
+    """Calls all models at once, in place of one by one."""
+    seed: int = 0
+    """Of the values that are trained."""
     at: str = "the tie"
     """What is going on: where an error came."""
 
@@ -129,7 +136,7 @@ class Subject:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer and the clipping get, by the idiom of the column."""
         if self.ours:
-            return ties.unique_parameters(self.handed)
+            return unique_parameters(self.handed)
         listed = [p for model in self.models.values() for p in model.parameters()]
         return listed if self.column == "plain" else list({id(p): p for p in listed}.values())
 
@@ -149,9 +156,11 @@ class Subject:
 
     def outputs(self) -> dict[str, Tensor]:
         """Call every model on its data."""
+        if self.together is not None:
+            return self.together()
         found = {}
         for key, model in self.models.items():
-            x = data(key, self.dtype)[0]
+            x = data(key, self.dtype)[0][self.share]
             found[key] = self.forward(self.run.get(key, model), x)
         return found
 
@@ -162,7 +171,7 @@ class Subject:
             self.optimizers = [self.make(self.parameters())]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss = sum((out - data(key, out.dtype)[1]).square().mean() for key, out in self.outputs().items())
+        loss = sum((out - data(key, out.dtype)[1][self.share]).square().mean() for key, out in self.outputs().items())
         self.at = "backward"
         self.backward(cast(Tensor, loss))
         self.at = "clipping"
@@ -210,7 +219,7 @@ def tied(kind: Kind, column: Column, seed: int = 0, prepare: Callable[[Subject],
     if prepare is not None:
         prepare(subject)
     if subject.ours:
-        ties.tie_(subject.handed, plan_of(kind))
+        tie_(subject.handed, plan_of(kind))
     else:
         share_by_hand(kind, subject.models)
     return subject
@@ -257,12 +266,9 @@ def apart(plan: TiePlan, weights: dict[str, Tensor]) -> float:
     """How far the ends of the ties are apart, at most: 0 only where they are equal bit for bit."""
     gaps = [0.0]
     for tie in plan:
-        counts = [member.shape(weights)[0] for member in tie.members]
-        shapes = {
-            weights[member.parameter].shape[:: -1 if member.groups.kind == "inputs" else 1] for member in tie.members
-        }
-        if sum(counts) != len(tie.partition) or len(shapes) > 1:
-            return float("inf")
+        shapes = [member.shape(weights) for member in tie.members]
+        if sum(count for count, _ in shapes) != len(tie.partition) or len({size for _, size in shapes}) > 1:
+            return float("inf")  # an end has another shape now
         matrix = tie.matrix(weights)
         first = {label: i for i, label in reversed(list(enumerate(tie.partition.labels.tolist())))}
         held = matrix[[first[label] for label in tie.partition.labels.tolist()]]

@@ -131,7 +131,7 @@ def judge(operation: Operation, kind: Kind, column: Column) -> Cell:
         except ChangedError as error:
             cell = Cell("silent", said=str(error), at=subject.at)
         except Exception as error:
-            cell = _refused(error, subject, progress["steps"])
+            cell = refused(error, subject, progress["steps"])
     cell.warned = sorted({str(w.message).splitlines()[0][:160] for w in caught if _matters(w)})
     return cell
 
@@ -224,7 +224,7 @@ def _outputs_of(networks: dict[str, Any], values: dict[str, Tensor], subject: Su
     return found
 
 
-def _refused(error: Exception, subject: Subject, steps: int) -> Cell:
+def refused(error: Exception, subject: Subject, steps: int) -> Cell:
     """An error that comes after a wrong step was made in silence is too late."""
     words = str(error).strip().splitlines() or [""]
     tied_names = [m.parameter for tie in plan_of(subject.kind) for m in tie.members]
