@@ -58,6 +58,8 @@ class Bond:
     """The member in whose shape the values are stored; None: they are stored as `(K, D)`."""
     stored: nn.Parameter
     places: tuple[Place, ...]
+    shape: tuple[int, ...]
+    """Of what is stored."""
     loaded: tuple[str, int] | None = field(default=None, compare=False)
     """Which model's state dict wrote the values last, and the version that the parameter had then."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, cast
@@ -52,16 +53,18 @@ class Guard:
         Raises:
             TieError: If a tie is broken and its values differ.
         """
-        for held, key, expected in self._checks:
-            if held.get(key) is not expected:
-                self.examine()
-                return
-        if self._alone and torch.is_grad_enabled():
+        if not self.intact():
+            # comparing and mending are not to be traced; a plain decorator would import the compiler, which takes long
+            (torch.compiler.disable(self.examine) if "torch._dynamo" in sys.modules else self.examine)()
+        elif self._alone and torch.is_grad_enabled():
             self.refuse_training()
 
     def intact(self) -> bool:
         """Whether everything stands where it stood when it was last examined."""
-        return all(held.get(key) is expected for held, key, expected in self._checks)
+        for held, key, expected in self._checks:
+            if held.get(key) is not expected:
+                return False
+        return True
 
     def examine(self) -> None:
         """Look closely, mend what can be mended, and remember how everything stands now.

@@ -111,8 +111,13 @@ def _disagreement(bond: Bond, found: list[Found]) -> str | None:
     if reference is None:
         names = ", ".join(f.place.name for f in found)
         return f"{names}: expected at least one that holds the stored values, got none; {REMEDY}"
+    if tuple(reference.tensor.shape) != bond.shape:
+        return (
+            f"{reference.place.name}: expected what is stored for it, of shape {bond.shape}, got "
+            f"{tuple(reference.tensor.shape)}; untie_ before you change shapes, and tie_ again"
+        )
     for other in found:
-        if other.tensor is reference.tensor:
+        if other.tensor is reference.tensor and other.installed:
             continue
         expected = reference.tensor
         if not other.installed:

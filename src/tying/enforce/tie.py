@@ -192,8 +192,8 @@ def _by_parameters(plan: TiePlan, parameters: dict[str, nn.Parameter]) -> list[t
             over.setdefault(id(parameters[member.parameter]), []).append(tie)
     result: dict[int, tuple[Tie, ...]] = {}
     for ties in over.values():
-        distinct = sorted({id(t): t for t in ties}.values(), key=lambda tie: tie.members[0].groups.kind)
-        kinds = [tie.members[0].groups.kind for tie in distinct]
+        distinct = list({id(t): t for t in ties}.values())
+        kinds = sorted(tie.members[0].groups.kind for tie in distinct)
         if len(distinct) > 1 and (kinds != ["inputs", "outputs"] or any(len(tie.members) > 1 for tie in distinct)):
             names = dict.fromkeys(m.parameter for tie in distinct for m in tie.members)
             shared = next(n for n in names if sum(n in (m.parameter for m in tie.members) for tie in distinct) > 1)
@@ -201,7 +201,7 @@ def _by_parameters(plan: TiePlan, parameters: dict[str, nn.Parameter]) -> list[t
                 f"{shared}: expected one tie, or one over inputs and one over outputs of this parameter alone, got "
                 f"{' and '.join(f'({tie})' for tie in distinct)}; merge their labels into one tie"
             )
-        result[id(distinct[0])] = tuple(distinct)
+        result[id(distinct[0])] = tuple(sorted(distinct, key=lambda tie: tie.members[0].groups.kind))
     return list(result.values())
 
 
@@ -250,8 +250,9 @@ def _built(
         Place(*at, i, not plain[i]) for i, parameter in _first_of_each(members) for at in places[id(parameter)]
     )
     _refuse_lists(tie, everywhere, modules)
-    bond = Bond(ties, gradient, shapes, home, cast(nn.Parameter, stored), everywhere)
+    bond = Bond(ties, gradient, shapes, home, cast(nn.Parameter, stored), everywhere, ())
     values = _start(bond, parameters)
+    bond.shape = tuple(values.shape)
     if stored is None:
         bond.stored = nn.Parameter(values, requires_grad=members[0].requires_grad)
     return bond, values
