@@ -424,6 +424,13 @@ def test_a_model_built_without_memory_loads(tmp_path: Path) -> None:
     assert same_bits(again.eval()(x), model.eval()(x))
 
 
+def test_a_single_number_may_have_any_stride(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    model.bias = nn.Parameter(torch.arange(9.0)[3::3][:1])
+    store.save(model, tmp_path / "a.safetensors")
+    assert store.load(tmp_path / "a.safetensors", nn.Linear(2, 1)).bias.tolist() == [3]
+
+
 def test_a_loaded_tie_trains_as_the_saved_one(tmp_path: Path) -> None:
     model = tie_both(stir(mlp()))
     store.save(model, tmp_path / "a.safetensors")

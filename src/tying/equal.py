@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tying.files.sealed import bytes_of
 from tying.groups import Groups, Kind
 from tying.plan import Member, Partition, Tie
 
@@ -142,7 +143,8 @@ def _digest(content: NDArray[np.uint8]) -> bytes:
 
 def _bytes(tensor: Tensor, groups: Groups) -> NDArray[np.uint8]:
     """The bits of every group: `(G, D · bytes)`."""
-    return groups.read(tensor.cpu()).contiguous().view(torch.uint8).numpy()
+    rows = groups.read(tensor)
+    return bytes_of(rows).numpy().reshape(len(rows), -1)
 
 
 def _turned_together(whole: Sequence[_Copies], place: Mapping[str, int]) -> Iterator[_Copies]:

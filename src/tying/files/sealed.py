@@ -108,7 +108,9 @@ def _check(path: str | Path, tensors: Mapping[str, Tensor], record: dict[str, An
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """Return the tensor's bits as a flat uint8 tensor: NaN equals itself, −0 is not 0."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.detach().cpu().contiguous()
+    flat = plain.as_strided((plain.numel(),), (1,))  # `reshape` keeps the odd stride that a single number may have
+    return flat.view(torch.uint8)
 
 
 def _sum(name: str, tensor: Tensor) -> str:
