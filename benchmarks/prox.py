@@ -136,7 +136,7 @@ def extra_memory(name: str, kind: str) -> float:
 def most_memory(name: str, kind: str) -> float:
     torch.set_num_threads(1)
     model, targets = prepared(name, kind)
-    tying.prox_owl(torch.arange(1000.0), Ramp(1.0))  # loads SciPy
+    tying.penalties.prox_owl(torch.arange(1000.0), Ramp(1.0))  # loads SciPy
     tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(Sweep(targets, tell_zeros=False), targets)

@@ -107,8 +107,8 @@ def _run(prox: Prox, vectors: Iterator[Tensor], weights: NDArray[np.float64], st
 
 def _contestants(n: int) -> Mapping[str, Prox]:
     found: dict[str, Prox] = {
-        OURS[0]: lambda v, weights, step: tying.prox_owl(v, SEQUENCE, step),
-        OURS[1]: lambda v, weights, step: tying.prox_owl(v, weights, step),
+        OURS[0]: lambda v, weights, step: tying.penalties.prox_owl(v, SEQUENCE, step),
+        OURS[1]: lambda v, weights, step: tying.penalties.prox_owl(v, weights, step),
     }
     makers = {"skglm": _skglm, "scikit-learn": _scikit_learn, "torchsort": _torchsort}
     for name, make in {**makers, "sortedl1": _sortedl1}.items():

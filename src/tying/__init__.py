@@ -2,21 +2,23 @@
 
 from tying.channels.joined import joined_groups
 from tying.compress import compress, load_task
+from tying.enforce.check import check, retie_
 from tying.enforce.compact import compact
 from tying.enforce.tie import tie_, untie_
 from tying.enforce.unique import unique_parameters
 from tying.errors import TyingError, TyingWarning
 from tying.find.declare import declare
 from tying.find.discover import discover
+from tying.find.match import match
 from tying.groups import Groups
 from tying.inspect import inspect
 from tying.measure import measure
 from tying.penalties.norms import OWL, GroupLasso, GrOWL, Lasso, Ridge
-from tying.penalties.prox import owl_dual_norm, owl_norm, prox_growl, prox_owl
 from tying.plan import Tie, TiePlan
 from tying.report import report
 from tying.store import load, save
 from tying.train.proximal import proximal
+from tying.train.soft import SoftTie
 from tying.version import __version__
 
 __all__ = [
@@ -26,11 +28,13 @@ __all__ = [
     "Groups",
     "Lasso",
     "Ridge",
+    "SoftTie",
     "Tie",
     "TiePlan",
     "TyingError",
     "TyingWarning",
     "__version__",
+    "check",
     "compact",
     "compress",
     "declare",
@@ -39,13 +43,11 @@ __all__ = [
     "joined_groups",
     "load",
     "load_task",
+    "match",
     "measure",
-    "owl_dual_norm",
-    "owl_norm",
-    "prox_growl",
-    "prox_owl",
     "proximal",
     "report",
+    "retie_",
     "save",
     "tie_",
     "unique_parameters",
