@@ -103,9 +103,14 @@ def reset(subject: Subject) -> Expected:
             module.reset_parameters()
 
     torch.manual_seed(3)
+    was = subject.weights()
     for model in subject.models.values():
         model.apply(draw)
-    return Expected(subject.weights())
+    now = subject.weights()
+    for name in _both_ends(subject):
+        if torch.equal(was[name], now[name]):
+            raise ChangedError(f"{name}: reset_parameters changed nothing")
+    return Expected(now)
 
 
 def deepcopied(subject: Subject) -> None:

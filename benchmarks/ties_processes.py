@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import ties_gradients
 from benchmarks.ties_cases import (
     COLUMNS,
     KINDS,
@@ -244,9 +245,14 @@ def table(folder: Path, rows: list[str] | None = None, columns: tuple[Column, ..
                 cell = judge_together(kind, column, spread, folder) if kind in kinds else Cell("not applicable")
                 cells.setdefault(kind, {})[column] = _agreed(cell).as_json()
         found[name] = {"note": note, "listed": True, "cells": cells}
-        if dist.get_rank() == 0:  # each at once: should one hang, it is the first that is missing
-            (folder / "table.json").write_text(json.dumps(found))
+        print(name, flush=True)  # each at once: should one hang, it is the first that is missing
     return found
+
+
+def gradients(folder: Path) -> dict[str, Any]:
+    """The gradients of hard ties against the sums of untied ones; each rank has its share of the batch."""
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    return ties_gradients.table({"DDP": ddp, "FSDP2": fsdp_per_block}, folder=folder, share=share, weights=gathered)
 
 
 def run(module: str = "benchmarks.ties_processes", *, processes: int = 2, timeout: float = 600) -> dict[str, Any]:
@@ -261,17 +267,17 @@ def run(module: str = "benchmarks.ties_processes", *, processes: int = 2, timeou
             timeout=timeout,
         )
         written = Path(name, "table.json")
-        if not written.exists() or not Path(name, "done").exists():
-            raise RuntimeError(f"the processes ended before their work did: {done.stderr[-4000:]}")
+        if not written.exists():
+            raise RuntimeError(f"the processes ended before their work did: {done.stdout[-500:]}{done.stderr[-4000:]}")
         return json.loads(written.read_text())
 
 
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
-    table(folder, sys.argv[2:] or None)
+    found = {"rows": table(folder, sys.argv[2:] or None), "gradients": gradients(folder)}
     if dist.get_rank() == 0:
-        (folder / "done").touch()
+        (folder / "table.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

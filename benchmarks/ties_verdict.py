@@ -109,7 +109,8 @@ class Cell:
         def finite(value: object) -> object:
             return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
-        return {key: finite(value) for key, value in asdict(self).items() if value not in ("", None, [], False)}
+        empty = ("", None, [])
+        return {k: finite(v) for k, v in asdict(self).items() if v is not False and v not in empty}
 
 
 def judge(operation: Operation, kind: Kind, column: Column) -> Cell:
