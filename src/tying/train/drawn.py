@@ -47,7 +47,7 @@ class Drawn:
             pairs = zip(groups, tensors, self._anchors_like(tensors), strict=True)
             return _sum([distance.between(each.read(mine), each.read(anchor)) for each, mine, anchor in pairs])
         if self._in_order:
-            return self._apart([each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)], distance)
+            return _sum([self._apart([g.read(tensor) for g, tensor in zip(groups, tensors, strict=True)], distance)])
         matrix = self._matrix(tensors)
         terms = [self._apart(_take(matrix, index), distance) for index in self._stacks]
         if len(self._pruned):
@@ -88,7 +88,7 @@ class Drawn:
         return result
 
     def _apart(self, stack: Stack, distance: Distance) -> Tensor:
-        return (distance.all_pairs(stack) if self.to == "pairs" else distance.to_mean(stack)).sum()
+        return distance.all_pairs(stack) if self.to == "pairs" else distance.to_mean(stack)
 
     def _together(self, stack: Stack, distance: Distance, step: float) -> Stack:
         return distance.prox_all_pairs(stack, step) if self.to == "pairs" else distance.prox_to_mean(stack, step)

@@ -33,8 +33,8 @@ class SoftTie:
     Ω = strength · ‖w_A − w_B‖², as in Goodfellow, Bengio, Courville, *Deep Learning*, section 7.9. A single
     model and an anchor of the weights it started from: L2-SP (Li, Grandvalet, Davoine, arXiv 1802.01483).
 
-    Use it in one of two ways, in your own loop: added to the loss, or as a proximal step after the optimizer's, with
-    the learning rate. The first works with every optimizer, and for `"l2"` and SGD diverges from about learning rate ·
+    Use it in one of two ways, in your own loop: added to the loss, or as a proximal step after the optimizer's. The
+    first works with every optimizer, and for `"l2"` and SGD diverges from about learning rate ·
     strength · n = 1 on (n members). The second takes any strength, infinity too, and with `"l1"` and `"norm"` makes
     weights exactly equal, which the loss term never does. For `"l2"` and SGD its limit strength → ∞ is
     `tie_(models, plan, gradient="mean")`.
@@ -134,7 +134,9 @@ class SoftTie:
 
         Args:
             models: Whose parameters the plan names: written to, none of them frozen, computed or sharded.
-            step: The learning rate of the step before, ≥ 0, finite.
+            step: How far the optimizer goes along a steady gradient, ≥ 0: of SGD the learning rate ÷ (1 − momentum).
+                Training then comes to rest where loss + Ω does; with the bare learning rate the tie is 1 − momentum
+                times as strong.
             progress: Of training, in [0, 1]: needed where a strength is a schedule.
 
         Raises:
