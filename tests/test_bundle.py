@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tying import store
-from tying.enforce import compact
+from tying.enforce import compact, tie_, unique_parameters
+from tying.enforce.check import check
+from tying.enforce.tie import gradients_of, plan_of
 from tying.equal import equal_ties
-from tying.errors import FileError, PlanError
+from tying.errors import FileError, PlanError, TieError
 from tying.groups import Groups
 from tying.models import parameters_of
-from tying.plan import Tie, TiePlan
+from tying.plan import Member, Partition, Tie, TiePlan
 from tying.store.bundle import Together
 from tying.store.state import same_bits
 
@@ -120,6 +122,58 @@ def halves(models: Pair) -> None:
         model.half()  # in place: the parameters stay what they are, and shared
 
 
+TRANSPOSED = Tie(
+    (Member("a.encoder.weight", Groups.outputs()), Member("b.decoder.weight", Groups.inputs())),
+    Partition([*range(5), *range(5)]),
+)
+
+
+def whole(*names: str) -> Tie:
+    return Tie(tuple(Member(name, Groups.whole()) for name in names), Partition([0] * len(names)))
+
+
+def tied_whole_and_transposed(models: Pair) -> None:
+    tie_(models, TiePlan([TRANSPOSED, whole("a.encoder.bias", "b.encoder.bias")]))
+    tie_(models, TiePlan([whole("a.decoder.bias", "b.decoder.bias")]), gradient="mean")
+
+
+def tied_by_groups(models: Pair) -> None:
+    inside = Tie.of("b.0.weight", Groups.inputs(), [0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 8])
+    outputs = (Member("a.2.weight", Groups.outputs()), Member("b.2.weight", Groups.outputs()))
+    across = Tie(outputs, Partition([0, 1, 2, 3, 4, 4, -1, 5, 6, 0, 1, 2, 3, 7, 8, 9, 9, -1]))
+    tie_(models, TiePlan([inside, across]), gradient="mean")
+
+
+def tied_three_in_float64(models: Pair) -> None:
+    for model in models.values():
+        model.double()
+    with torch.no_grad():
+        models["a"][0].bias.fill_(-0.0)
+    tie_(models, TiePlan([whole(*(f"{name}.{i}.weight" for name in models for i in (2,)))]))
+    tie_(models, TiePlan([Tie.of("c.4.weight", Groups.outputs(), [0, 0, 0])]))
+    with torch.no_grad():
+        models["a"][2].weight.fill_(0.1)
+        models["a"][2].weight[0] = -0.0
+        models["c"][4].parametrizations.weight.original.fill_(0.1)
+
+
+def tied_and_frozen(models: Pair) -> None:
+    tied_whole_and_transposed(models)
+    models["a"].encoder.weight.requires_grad_(False)
+    models["b"].encoder.bias.requires_grad_(False)
+
+
+def tied_and_shared(models: Pair) -> None:
+    share(models["a"], models["b"], "4.")
+    tie_(models, TiePlan([whole("a.4.bias", "b.4.bias"), whole("a.0.bias", "a.2.bias")]))
+
+
+def tied_beside_compacted(models: Pair) -> None:
+    plan = TiePlan([Tie.of("0.weight", Groups.inputs(), [0, 0, -1, 1, 1, 0, 2, 3, 3, 3, 4, 4])])
+    models["small"] = compact(models["small"], plan, torch.rand(4, 12))
+    tie_(models, TiePlan([whole("dense.2.weight", "small.2.weight")]))
+
+
 def two_precisions(models: Pair) -> None:
     models["a"].bfloat16()
     models["b"].double()
@@ -157,6 +211,14 @@ CASES = {
     "half precision": Case(lambda: {"a": mlp(), "b": mlp()}, halves, FLAT.half()),
     "one module in both": Case(one_body, nothing, FLAT),
     "bfloat16 beside float64": Case(lambda: {"a": mlp(), "b": mlp()}, two_precisions, FLAT),
+    "whole and transposed ties": Case(
+        lambda: {"a": Autoencoder(), "b": Autoencoder()}, tied_whole_and_transposed, FLAT
+    ),
+    "ties of groups": Case(lambda: {"a": mlp(), "b": mlp()}, tied_by_groups, FLAT),
+    "ties of three in float64": Case(lambda: {"a": mlp(), "b": mlp(), "c": mlp()}, tied_three_in_float64, FLAT),
+    "ties that are frozen": Case(lambda: {"a": Autoencoder(), "b": Autoencoder()}, tied_and_frozen, FLAT),
+    "ties of what is shared": Case(lambda: {"a": mlp(), "b": mlp()}, tied_and_shared, FLAT),
+    "ties beside a compacted one": Case(lambda: {"dense": mlp(), "small": mlp()}, tied_beside_compacted, FLAT),
     "one alone under a name": Case(lambda: {"a": mlp()}, nothing, FLAT),
 }
 
@@ -216,12 +278,20 @@ def law_same(saved: Pair, read: Mapping[str, nn.Module], x: Tensor) -> None:
     for name, tensor in one.items():
         assert same_bits(tensor, other[name]), name
         assert tensor.requires_grad == other[name].requires_grad, name
-    for name, model in read.items():
-        dtype = next(model.parameters()).dtype
-        for training in (False, True):
-            mine, theirs = copy.deepcopy((saved[name].train(training), model.train(training)))
+    for training in (False, True):
+        mine, theirs = copy.deepcopy((saved, dict(read)))  # running statistics change in training
+        for name, model in theirs.items():
+            given = x.to(next(model.parameters()).dtype)
             with torch.no_grad():
-                assert same_bits(mine(x.to(dtype)), theirs(x.to(dtype)))
+                assert same_bits(mine[name].train(training)(given), model.train(training)(given))
+
+
+def law_one_object(one: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> None:
+    """The names that both have: weights whose tie was with another network are plain ones without it."""
+    names = [set().union(*one_object(models)) for models in (one, other)]
+    both = names[0] & names[1]
+    assert len(both) >= len(min(names, key=len)) - 3
+    assert {s & both for s in one_object(one)} - {frozenset()} == {s & both for s in one_object(other)} - {frozenset()}
 
 
 def law_bundle(case: Case, path: Path, load: Load = store.load, save: Callable[..., None] = store.save) -> None:
@@ -241,7 +311,7 @@ def law_bundle(case: Case, path: Path, load: Load = store.load, save: Callable[.
         alone = {name: load(path, given[name], name=name)}
         law_same(models, alone, case.x)
         assert memory(alone) <= memory({name: model})
-        assert one_object(alone) == one_object({name: model})
+        law_one_object(alone, {name: model})
     some = dict(list(given.items())[::2])
     law_same(models, load(path, some), case.x)
     assert all(same_bits(untouched[name], tensor) for name, tensor in weights(given).items())
@@ -423,3 +493,67 @@ def test_a_bundle_says_the_same_bytes_and_names_that_anyone_reads(tmp_path: Path
         *(f"a.{name}" for name in models["a"].state_dict()),
         *(f"b.{name}" for name in models["b"].state_dict() if name.startswith("4.")),
     }
+
+
+# ---------------------------------------------------------------- ties that hold, and ties that broke
+
+
+def tied_pair() -> Pair:
+    return made(CASES["whole and transposed ties"])
+
+
+def test_what_was_tied_is_tied_and_guarded_again(tmp_path: Path) -> None:
+    models = tied_pair()
+    store.save(models, tmp_path / "pair.safetensors")
+    read = store.load(tmp_path / "pair.safetensors", {"a": Autoencoder(), "b": Autoencoder()})
+    assert plan_of(read) == plan_of(models) == store.load_plan(tmp_path / "pair.safetensors")
+    assert gradients_of(read) == gradients_of(models)
+    assert len(check(read).ties) == 3
+    assert check(read)
+    for pair in (models, read):
+        sum(model(FLAT).square().sum() for model in pair.values()).backward()
+    grads = [[p.grad for p in unique_parameters(pair)] for pair in (models, read)]
+    assert len(grads[0]) == len(grads[1])
+    assert all(map(same_bits, *grads))
+    read["b"].encoder.bias = nn.Parameter(torch.ones(5))
+    with pytest.raises(TieError, match="bias"):
+        read["b"](FLAT)
+
+
+def test_a_network_read_alone_is_trained_alone(tmp_path: Path) -> None:
+    store.save(tied_pair(), tmp_path / "pair.safetensors")
+    alone = store.load(tmp_path / "pair.safetensors", Autoencoder(), name="b")
+    assert plan_of(alone) == TiePlan()
+    alone(FLAT).sum().backward()
+    assert all(p.grad is not None for p in alone.parameters())
+
+
+def test_one_of_two_tied_networks_is_saved_by_itself(tmp_path: Path) -> None:
+    models = tied_pair()
+    for model in (models["b"], copy.deepcopy(models["b"])):
+        store.save(model, tmp_path / "b.safetensors")
+        law_same(models, {"b": store.load(tmp_path / "b.safetensors", Autoencoder())}, FLAT)
+    assert check(models)
+
+
+def test_networks_that_are_tied_are_read_into_and_left_alone(tmp_path: Path) -> None:
+    models, given = tied_pair(), tied_pair()
+    with torch.no_grad():
+        given["a"].encoder.weight.fill_(7)
+    store.save(models, tmp_path / "pair.safetensors")
+    law_same(models, store.load(tmp_path / "pair.safetensors", given), FLAT)
+    law_same(models, {"b": store.load(tmp_path / "pair.safetensors", given["b"], name="b")}, FLAT)
+    assert check(given)
+    assert (given["b"].decoder.weight == 7).all()
+
+
+def test_broken_ties_are_not_written(tmp_path: Path) -> None:
+    models, path = tied_pair(), tmp_path / "pair.safetensors"
+    path.write_bytes(b"old")
+    models["b"].encoder.bias = nn.Parameter(models["a"].encoder.bias.detach().clone())
+    store.save(models, path)  # equal values: nothing is lost
+    path.write_bytes(b"old")
+    models["b"].encoder.bias = nn.Parameter(torch.ones(5))
+    with pytest.raises(TieError, match=r"encoder\.bias"):
+        store.save(models, path)
+    assert path.read_bytes() == b"old"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tying.enforce.surgery import Description
 from tying.errors import FileError
 from tying.models import Models, by_name
-from tying.plan import Partition, Tie, qualified
+from tying.plan import Member, Partition, Tie, qualified
 from tying.store.state import State, views_of
 
 
@@ -89,13 +89,14 @@ def prefixed(prefix: str, description: Description) -> Description:
     return {qualified(prefix, name) if name else prefix: entry for name, entry in description.items()}
 
 
-def only(state: State, prefixes: Collection[str]) -> State:
-    """Return the state of some of the networks: what they hold together with others is theirs, once."""
-    source = {**{name: name for name in (*state.tensors, *state.views)}, **state.aliases}
-    objects: dict[str, Tensor] = {
-        **state.tensors,
-        **{n: view.of(state.tensors[view.base]) for n, view in state.views.items()},
-    }
+def only(state: State, prefixes: Collection[str]) -> tuple[State, dict[str, str]]:
+    """Return the state of some of the networks: what they hold together with others is theirs, once.
+
+    Also returns what each tensor that is theirs is called there, by all the names it has in `state`.
+    """
+    source = {name: name for name in (*state.tensors, *state.views)} | dict(state.aliases)
+    objects: dict[str, Tensor] = {name: view.of(state.tensors[view.base]) for name, view in state.views.items()}
+    objects.update(state.tensors)
     first: dict[str, str] = {}
     aliases: dict[str, str] = {}
     for name in (name for name in source if _of(name) in prefixes):
@@ -106,7 +107,7 @@ def only(state: State, prefixes: Collection[str]) -> State:
     held = {name: objects[old] for old, name in first.items()}
     views = views_of(held)
     lone = {name for old, name in first.items() if old in state.views}
-    return State(
+    left = State(
         {name: t.clone() if name in lone else t for name, t in held.items() if name not in views},
         aliases,
         views,
@@ -114,19 +115,19 @@ def only(state: State, prefixes: Collection[str]) -> State:
         _some(state.extra, prefixes),
         _some(state.transient, prefixes),
     )
+    return left, {name: first[old] for name, old in source.items() if old in first}
 
 
-def tie_within(tie: Tie, prefixes: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Tie | None:
-    """Return what is left of a tie in some of the networks; None if each value is there but once."""
+def tie_within(tie: Tie, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Tie | None:
+    """Return what is left of a tie in some of the networks, by the names that `only` gave; None if nothing is."""
     counts = [member.groups.shape(shapes[member.parameter])[0] for member in tie.members]
     labels = np.split(tie.partition.labels, np.cumsum(counts)[:-1])
-    left = [i for i, member in enumerate(tie.members) if _of(member.parameter) in prefixes]
-    if len(left) == len(tie.members):
-        return tie
+    left = [i for i, member in enumerate(tie.members) if member.parameter in names]
     partition = Partition(np.concatenate([labels[i] for i in left])) if left else Partition([])
-    if partition.classes == len(partition):
+    if partition.classes == len(partition):  # each value is there but once
         return None
-    return Tie(tuple(tie.members[i] for i in left), partition)
+    members = (tie.members[i] for i in left)
+    return Tie(tuple(Member(names[m.parameter], m.groups) for m in members), partition)
 
 
 def _of(name: str) -> str:

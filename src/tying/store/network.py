@@ -44,6 +44,7 @@ def save(models: Models, path: str | Path, *, plan: TiePlan | None = None) -> No
     Raises:
         FileError: If the state dict holds what safetensors or JSON can't.
         PlanError: If the models are not a network, or networks by names without dots.
+        TieError: If a tie is broken, and values differ that should be one.
         OSError: If the disk is full, or the folder missing or not writable.
 
     Example:
@@ -149,8 +150,8 @@ def load(path: str | Path, models: Models, *, name: str | None = None) -> nn.Mod
         description = with_known(record.get("architecture", {}), state)
         if names and set(parts) < set(names):
             shapes = state.shapes()
-            ties = [(left, each) for tie, each in ties if (left := tie_within(tie, parts, shapes)) is not None]
-            state = only(state, parts)
+            state, known = only(state, parts)
+            ties = [(left, each) for tie, each in ties if (left := tie_within(tie, known, shapes)) is not None]
     try:
         built = _built(parts, description, state, ties)
     except FileError as error:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tying.enforce.tie import Gradient, gradients_of, plan_of, tie_, untie_
+from tying.enforce.check import check
+from tying.enforce.expansion import Gradient
+from tying.enforce.tie import gradients_of, plan_of, tie_, untie_
+from tying.errors import TieError
 from tying.models import Models, by_name
 from tying.plan import Tie, TiePlan
-from tying.store.bundle import together
 from tying.store.state import same_bits
 
 Tied = tuple[Tie, Gradient]
@@ -21,41 +23,43 @@ Tied = tuple[Tie, Gradient]
 
 
 def in_force(models: Models) -> list[Tied]:
-    """Return what `tie_` put in force."""
-    gradients = gradients_of(together(models))
-    return [(tie, gradients[tie.members[0].parameter]) for tie in plan_of(together(models))]
+    """Return what `tie_` put in force.
+
+    Raises:
+        TieError: If a tie is broken, and values differ that should be one; says which.
+    """
+    for tie in check(models).ties:
+        if tie.how == "broken":
+            raise TieError(tie.reason)
+    gradients = gradients_of(models)
+    return [(tie, gradients[tie.members[0].parameter]) for tie in plan_of(models)]
 
 
 def untied(models: Models) -> Models:
     """Return the models, or copies of them without the ties of `tie_`: plain weights, bit for bit."""
-    if not plan_of(together(models)):
+    if not check(models).ties:  # the plan of one of two tied models alone is empty
         return models
     copied = copy.deepcopy(models) if isinstance(models, nn.Module) else copy.deepcopy(by_name(models))
-    untie_(together(copied))
+    untie_(copied)
     return copied
 
 
 def tie_again_(models: Models, ties: Sequence[Tied], whole: nn.Module) -> None:
-    """Tie freshly filled models: the weights keep every bit, and stay frozen where they were.
+    """Tie freshly filled models: the weights keep every bit.
 
     Args:
         models: Written to.
         ties: What `in_force` gave of those that were saved.
         whole: The filled models under one roof, whose names are the full ones.
     """
-    names = {member.parameter: whole.get_parameter(member.parameter) for tie, _ in ties for member in tie.members}
-    weights = {name: parameter.detach() for name, parameter in names.items()}
-    frozen = {name for name, parameter in names.items() if not parameter.requires_grad}
-    for parameter in names.values():
-        parameter.requires_grad_(True)
+    names = dict.fromkeys(member.parameter for tie, _ in ties for member in tie.members)
+    weights = {name: whole.get_parameter(name).detach().clone() for name in names}
     for gradient in get_args(Gradient):
-        tie_(whole, TiePlan([tie for tie, each in ties if each == gradient]), gradient=gradient)
+        tie_(models, TiePlan([tie for tie, each in ties if each == gradient]), gradient=gradient)
     for name, weight in weights.items():
         module, leaf = _place(whole, name)
         if not same_bits(getattr(module, leaf), weight):
             _write(module, leaf, weight)
-        if name in frozen:
-            _stored(module, leaf).requires_grad_(False)
 
 
 def _place(whole: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -63,22 +67,14 @@ def _place(whole: nn.Module, name: str) -> tuple[nn.Module, str]:
     return whole.get_submodule(path), leaf
 
 
-def _chain(module: nn.Module, leaf: str) -> Any:
-    return cast("nn.ModuleDict", module.parametrizations)[leaf] if parametrize.is_parametrized(module, leaf) else None
-
-
-def _stored(module: nn.Module, leaf: str) -> nn.Parameter:
-    chain = _chain(module, leaf)
-    return cast(nn.Parameter, getattr(module, leaf) if chain is None else chain.original)
-
-
 @torch.no_grad()
 def _write(module: nn.Module, leaf: str, weight: Tensor) -> None:
     """Set what a weight is made of: a mean of equal float64 values, or of −0, is not that value bit for bit."""
-    stored, chain = _stored(module, leaf), _chain(module, leaf)
-    if chain is None:
-        stored.copy_(weight)
+    if not parametrize.is_parametrized(module, leaf):
+        getattr(module, leaf).copy_(weight)
         return
+    chain = cast("Any", module.parametrizations)[leaf]
+    stored = cast(nn.Parameter, chain.original)
     numbered = torch.arange(1, stored.numel() + 1, dtype=torch.float64, device=stored.device)
     source = chain[0](numbered.reshape(stored.shape)).long().reshape(-1)  # which stored number each number is, 0: none
     flat = stored.detach().reshape(-1).clone()
