@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distributed import laws, twins
+from distributed import laws, tie_laws, twins
 from distributed.cases import SPREADS, Spread
 
 
@@ -49,6 +49,7 @@ def checks(world: int, folder: Path) -> dict[str, Callable[[], None]]:
     found["named"] = laws.law_named
     for name, twin, law in broken(spreads, folder):
         found[f"broken: {name}"] = partial(under, twin, law)
+    found.update(tie_laws.checks(folder))
     return found
 
 
