@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
@@ -19,6 +19,9 @@ from tying.penalties.distances import Distance, Stack, stacked
 from tying.penalties.tensors import Argument, check_floating
 from tying.plan import Partition, Tie, TiePlan
 from tying.train.shards import is_sharded
+
+_PIECE = 1 << 14
+"""Numbers of a float64 piece of a weight: what is computed on the way to its prox stays in the cache."""
 
 To: TypeAlias = Literal["pairs", "centre", "anchor"]
 
@@ -62,20 +65,24 @@ class Drawn:
             PenaltyError: If the distance has no prox for so many members.
         """
         names = [member.parameter for member in self.tie.members]
-        tensors = [weights[name].detach().double() for name in names]
+        tensors = [weights[name].detach() for name in names]
         groups = self._groups(tensors, distance)
+        reads = [each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)]
+        piece = _PIECE if distance.elementwise else max(1, *(read.shape[1] for read in reads))
         if self.to == "anchor":
-            pairs = zip(groups, tensors, self._anchors_like(tensors), strict=True)
-            drawn = [_shrink_toward(each.read(anchor), each.read(mine), distance, step) for each, mine, anchor in pairs]
+            anchors = [each.read(anchor) for each, anchor in zip(groups, self._anchors_like(tensors), strict=True)]
+            toward = functools.partial(_toward, distance=distance, step=step)
+            drawn = [
+                _by_pieces(toward, [mine, anchor], 1, piece)[0] for mine, anchor in zip(reads, anchors, strict=True)
+            ]
         elif self._in_order:
-            stack = [each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)]
-            drawn = list(self._together(stack, distance, step))
+            together = functools.partial(self._together, distance=distance, step=step)
+            drawn = _by_pieces(together, reads, len(reads), piece)
         else:
-            drawn = self._prox_of_matrix(self._matrix(tensors), distance, step).split(
-                [each.shape(tensor.shape)[0] for each, tensor in zip(groups, tensors, strict=True)]
-            )
+            matrix = torch.cat([read.double() for read in reads])
+            drawn = self._prox_of_matrix(matrix, distance, step).split([len(read) for read in reads])
         return {
-            name: each.write(new, tensor.shape).to(weights[name].dtype)
+            name: each.write(new, tensor.shape).to(tensor.dtype)
             for name, each, new, tensor in zip(names, groups, drawn, tensors, strict=True)
         }
 
@@ -249,8 +256,20 @@ def _take(matrix: Tensor, index: Tensor) -> Tensor:
     return found.reshape(*index.shape, matrix.shape[1])
 
 
-def _shrink_toward(anchor: Tensor, matrix: Tensor, distance: Distance, step: float) -> Tensor:
-    return anchor + distance.shrink(matrix - anchor, step)
+def _toward(stack: Sequence[Tensor], distance: Distance, step: float) -> Stack:
+    mine, anchor = stack
+    return [anchor + distance.shrink(mine - anchor, step)]
+
+
+def _by_pieces(function: Callable[[Sequence[Tensor]], Stack], reads: Sequence[Tensor], count: int, size: int) -> Stack:
+    """Return the first `count` matrices changed, in their dtypes: in float64, so many numbers of a group at a time."""
+    results = [torch.empty_like(read, memory_format=torch.contiguous_format) for read in reads[:count]]
+    for start in range(0, reads[0].shape[1], size):
+        part = slice(start, start + size)
+        found = function([read[:, part].double() for read in reads])
+        for result, each in zip(results, found, strict=True):
+            result[:, part] = each
+    return results
 
 
 def _common(tensors: Sequence[Tensor]) -> torch.dtype:
