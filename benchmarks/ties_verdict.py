@@ -161,8 +161,8 @@ def _mended() -> Iterator[list[object]]:
     """What the guard mended meanwhile."""
     mend, repairs = guard.mend, list[object]()
 
-    def recorded(bonds: Any) -> Any:
-        found = mend(bonds)
+    def recorded(bonds: Any, **options: Any) -> Any:
+        found = mend(bonds, **options)
         repairs.extend(found)
         return found
 

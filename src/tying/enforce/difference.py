@@ -18,7 +18,7 @@ def difference(name: str, expected: Tensor, other: str, got: Tensor) -> str | No
         return None
     begin = f"{other}: expected the value of {name}, with which it is tied"
     if not alike(expected, got):
-        shown = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (expected, got)]
+        shown = [f"a {type(t).__name__} {tuple(t.shape)} {t.dtype} on {t.device}" for t in (expected, got)]
         return f"{begin}, {shown[0]}, got {shown[1]}; {REMEDY}"
     one, two = _here(expected), _here(got)
     if one.shape != two.shape:
@@ -34,8 +34,9 @@ def difference(name: str, expected: Tensor, other: str, got: Tensor) -> str | No
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether shape, dtype and device agree."""
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    """Whether shape, dtype and device agree, and both are sharded or neither."""
+    sharded = hasattr(one, "to_local") == hasattr(other, "to_local")
+    return sharded and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _here(tensor: Tensor) -> Tensor:

@@ -104,16 +104,38 @@ class Expansion(nn.Module):
     def __init__(self, *stages: Stage) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        self._writes: tuple[Tensor, int] | None = None
 
     def each_stage(self) -> list[Stage]:
         """Return the stages, the one next to the weight first."""
         return [cast(Stage, stage) for stage in self.stages]
 
     def forward(self, stored: Tensor) -> Tensor:
-        """Return the weight."""
+        """Return the weight.
+
+        Raises:
+            AssignmentError: If the weight that was returned the last time was written to, which changes nothing that is
+                stored.
+        """
+        if torch.compiler.is_compiling():
+            return self._expand(stored)
+        if self._writes is not None and self._writes[0]._version != self._writes[1]:
+            self._writes = None
+            raise AssignmentError(
+                "weight: expected to be assigned (module.weight = …), as it is computed from what its tie stores, got a "
+                "write in place, which is lost; assign it, set the stored values, or untie_ before you write"
+            )
+        weight = self._expand(stored)
+        self._writes = _writes_to(weight, stored)
+        return weight
+
+    def _expand(self, stored: Tensor) -> Tensor:
         for stage in reversed(self.each_stage()):
             stored = stage(stored)
         return stored
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_writes": None}
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return what to store for a weight that is assigned.
@@ -124,6 +146,21 @@ class Expansion(nn.Module):
         for stage in self.each_stage():
             weight = stage.inverse(weight)
         return weight
+
+
+def _writes_to(weight: Tensor, stored: Tensor) -> tuple[Tensor, int] | None:
+    """A counter of what is written to the weight from now on, and its count; None where writes reach what is stored.
+
+    A detached tensor counts together with the one that it comes from, and goes on when its memory is given back.
+    """
+    try:
+        if weight.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
+            return None
+        counter = weight.detach()
+        counter.data = counter.new_empty(0)
+    except RuntimeError:  # inside a transform of torch.func, or no storage: nobody initialises weights there
+        return None
+    return counter, counter._version
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tying.enforce.bonds import Bond, Bonds, Place, chain_at
 from tying.enforce.checkpoints import prepare
 from tying.enforce.mend import mend
-from tying.enforce.steps import watch
+from tying.enforce.steps import released, watch
 from tying.errors import TieError
 from tying.models import Models, by_name
 
@@ -66,31 +66,42 @@ class Guard:
                 return False
         return True
 
-    def examine(self) -> None:
+    def examine(self, *, assigned: bool = False) -> None:
         """Look closely, mend what can be mended, and remember how everything stands now.
+
+        Args:
+            assigned: Whether a state dict has just been loaded.
 
         Raises:
             TieError: If a tie is broken and its values differ.
         """
-        mend(self.bonds)
+        mend(self.bonds, assigned=assigned)
         self.remember()
         if self._alone and torch.is_grad_enabled():
             self.refuse_training()
 
-    def before_load(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    def before_load(
+        self, module: nn.Module, state: dict[str, Tensor], prefix: str, local: dict[str, Any], *rest: object
+    ) -> None:
         """Refuse a state dict that contradicts a tie, before anything of it is loaded.
 
         Raises:
             TieError: If it has different values for what is one value.
         """
         self._arriving = prepare(self.bonds, self.prefix, state, prefix)
+        assigned = local.get("assign_to_params_buffers", False)
+        self._replaced = dict(module.named_parameters()) if assigned else {}
 
     def after_load(self, module: nn.Module, incompatible: object) -> None:
-        """Mend what `assign=True` took apart."""
-        self.examine()
+        """Mend what `assign=True` took apart; an optimizer with the former parameters would train none of the new."""
+        self.examine(assigned=True)
         for bond in self._arriving:
             bond.loaded = (self.prefix, bond.stored._version)
-        self._arriving = []
+        there = {id(parameter) for parameter in module.parameters()}
+        for name, parameter in self._replaced.items():
+            if id(parameter) not in there:
+                released(parameter, name)
+        self._arriving, self._replaced = [], {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bonds": self.bonds, "prefix": self.prefix, "root": self.bonds.root(self.prefix)}
@@ -104,6 +115,7 @@ class Guard:
         self._checks: list[Check] = [({}, "", self)]  # which fails: the model may not be whole yet
         self._alone: tuple[str, ...] = ()
         self._arriving: list[Bond] = []
+        self._replaced: dict[str, nn.Parameter] = {}
         watch(self)
 
     def remember(self) -> None:

@@ -42,32 +42,38 @@ class Diagnosis:
         return self.problem is None and (whole or self.functional)
 
 
-def mend(bonds: Bonds) -> list[Diagnosis]:
-    """Mend every bond, or none; return what was broken.
+def mend(bonds: Bonds, *, assigned: bool = False) -> list[Diagnosis]:
+    """Mend every bond, or none; return what was broken. `assigned` as for `diagnose`.
 
     Raises:
         TieError: Names the places whose values differ, with both values.
     """
-    diagnoses = [diagnose(bonds, bond) for bond in bonds.bonds]
+    diagnoses = [diagnose(bonds, bond, assigned=assigned) for bond in bonds.bonds]
     for diagnosis in diagnoses:
         if diagnosis.problem is not None:
             raise TieError(diagnosis.problem)
     for diagnosis in diagnoses:
-        _store(diagnosis, bonds)
+        _store(diagnosis, bonds, assigned)
     return [diagnosis for diagnosis in diagnoses if not diagnosis.holds]
 
 
-def diagnose(bonds: Bonds, bond: Bond) -> Diagnosis:
-    """Look at all places of a bond; nothing is changed."""
+def diagnose(bonds: Bonds, bond: Bond, *, assigned: bool = False) -> Diagnosis:
+    """Look at all places of a bond; nothing is changed.
+
+    Args:
+        bonds: What one call of `tie_` put in force.
+        bond: One of them.
+        assigned: Whether a state dict has just been loaded: what it replaced has values.
+    """
     found: list[Found] = []
     for place in bonds.present(bond):
         what = _look(bonds, place)
         if isinstance(what, str):
             return Diagnosis(bond, problem=f"{place.name}: expected the weight {_tied_with(bond, place)}, got {what}")
         found.append(what)
-    if any(not isinstance(f.tensor, nn.Parameter) for f in found):
-        return Diagnosis(bond, tuple(found), _apart_in_one_model(found), functional=True)
-    return Diagnosis(bond, tuple(found), _disagreement(bond, found))
+    if torch.compiler.is_compiling() or any(not isinstance(f.tensor, nn.Parameter) for f in found):
+        return Diagnosis(bond, tuple(found), _apart_in_one_model(found) or _trained_apart(found), functional=True)
+    return Diagnosis(bond, tuple(found), _disagreement(bond, found, assigned))
 
 
 def _look(bonds: Bonds, place: Place) -> Found | str:
@@ -105,7 +111,25 @@ def _apart_in_one_model(found: list[Found]) -> str | None:
     return None
 
 
-def _disagreement(bond: Bond, found: list[Found]) -> str | None:
+def _trained_apart(found: list[Found]) -> str | None:
+    """Tensors may stand in for one of several tied models, but not to be trained there."""
+    trained = [f for f in found if f.tensor.requires_grad and not isinstance(f.tensor, nn.Parameter)]
+    others = [f for f in found if isinstance(f.tensor, nn.Parameter)]
+    if not (trained and others and torch.is_grad_enabled()):
+        return None
+    return (
+        f"{trained[0].place.name}: expected to be trained together with {others[0].place.name}, to which it is "
+        "tied, got a tensor that stands in for it alone; call the models together, run this one under "
+        "torch.no_grad(), or untie_ it"
+    )
+
+
+def _without_values(bond: Bond, reference: Tensor) -> bool:
+    """Whether memory was given to a parameter of the meta device, and nothing written to it."""
+    return bond.stored.is_meta and not reference.is_meta and reference._version == 0
+
+
+def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
     """Say which places have different values, or None."""
     reference = _reference(bond, found)
     if reference is None:
@@ -115,6 +139,11 @@ def _disagreement(bond: Bond, found: list[Found]) -> str | None:
         return (
             f"{reference.place.name}: expected what is stored for it, of shape {bond.shape}, got "
             f"{tuple(reference.tensor.shape)}; untie_ before you change shapes, and tie_ again"
+        )
+    if not assigned and _without_values(bond, reference.tensor):
+        return (
+            f"{reference.place.name}: expected values, got memory that to_empty gave and nobody has written "
+            "to; load a state dict, or set what is stored"
         )
     for other in found:
         if other.tensor is reference.tensor and other.installed:
@@ -135,17 +164,17 @@ def _reference(bond: Bond, found: list[Found]) -> Found | None:
     return next((f for f in installed if f.tensor is bond.stored), installed[0] if installed else None)
 
 
-def _store(diagnosis: Diagnosis, bonds: Bonds) -> None:
-    """Make all places of a bond read one parameter: the stored one where it can take the values."""
+def _store(diagnosis: Diagnosis, bonds: Bonds, assigned: bool) -> None:
+    """Make all places of a bond read one parameter: the stored one, which optimizers know, where it can be."""
     bond, found = diagnosis.bond, diagnosis.found
     if diagnosis.functional or not found:
         return
     reference = cast(Found, _reference(bond, list(found)))
     if reference.tensor is not bond.stored:
-        if diagnosis.holds or bond.stored.is_meta or not alike(bond.stored, reference.tensor):
-            bond.stored = cast(nn.Parameter, reference.tensor)
-            changed()
-        else:  # optimizers know the stored one
+        replaced = diagnosis.holds and not assigned
+        if replaced or bond.stored.is_meta or not alike(bond.stored, reference.tensor):
+            _adopt(bond, cast(nn.Parameter, reference.tensor))
+        else:
             with torch.no_grad():
                 bond.stored.copy_(reference.tensor)
     kept(bond.stored)
@@ -160,3 +189,11 @@ def _store(diagnosis: Diagnosis, bonds: Bonds) -> None:
                 setattr(module, place.leaf, bond.stored)
         if tensor is not bond.stored:
             released(tensor, place.name)
+
+
+def _adopt(bond: Bond, parameter: nn.Parameter) -> None:
+    """Take what stands in all places for what is stored; a shard and the whole take turns, and both are in use."""
+    if not any(hasattr(p, "to_local") for p in (bond.stored, parameter)):
+        released(bond.stored, bond.places[0].name)
+    bond.stored = parameter
+    changed()

@@ -111,8 +111,9 @@ def _look(optimizer: Optimizer) -> _Known:
     for parameter in parameters:
         if parameter in _released:
             raise TieError(
-                f"optimizer: expected one made after tie_ or untie_, got a {type(optimizer).__name__} with the former "
-                f"parameter of {_released[parameter]}; make it anew from tying.unique_parameters(models)"
+                f"optimizer: expected one made after parameters were tied, untied or replaced, got a "
+                f"{type(optimizer).__name__} with the former parameter of {_released[parameter]}; make it anew from "
+                "tying.unique_parameters(models)"
             )
     held = Counter(map(id, parameters))
     known = _Known(_generation, count)
