@@ -121,6 +121,22 @@ def deepcopied_apart(subject: Subject) -> None:
     subject.models = {key: copy.deepcopy(model) for key, model in subject.models.items()}
 
 
+def deepcopied_with_memo(subject: Subject) -> None:
+    memo: dict[int, Any] = {}
+    subject.models = {key: copy.deepcopy(model, memo) for key, model in subject.models.items()}
+
+
+def deepcopied_with_optimizer(subject: Subject) -> None:
+    optimizer = subject.make(subject.parameters())
+    subject.models, optimizer = copy.deepcopy((subject.models, optimizer))
+    subject.optimizers = [optimizer]
+
+
+def deepcopied_twice(subject: Subject) -> None:
+    """A copy of a copy; the copy between is gone."""
+    subject.models = copy.deepcopy(copy.deepcopy(subject.models))
+
+
 def one_deepcopied(subject: Subject) -> None:
     subject.models["b"] = copy.deepcopy(subject.models["b"])
 
@@ -248,6 +264,18 @@ def compiled(backend: str) -> Callable[[Subject], None]:
         subject.run = {key: torch.compile(m, backend=backend) for key, m in subject.models.items()}
 
     return act
+
+
+def compiled_whole(subject: Subject) -> None:
+    """One graph: what can't be traced is an error."""
+    torch.compiler.reset()
+    subject.run = {key: torch.compile(m, backend="eager", fullgraph=True) for key, m in subject.models.items()}
+
+
+def compiled_in_place(subject: Subject) -> None:
+    torch.compiler.reset()
+    for model in subject.models.values():
+        model.compile(backend="eager")
 
 
 def compiled_then(act: Callable[[Subject], Any], backend: str = "eager") -> Callable[[Subject], Any]:
@@ -520,6 +548,21 @@ def two_optimizers(subject: Subject) -> None:
     subject.optimizers = [subject.make(half) for half in _halves(subject)]
 
 
+def two_optimizers_clipped(subject: Subject) -> None:
+    """Each model's gradients are clipped just before its own optimizer's step."""
+
+    class Clipped:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            self.parameters, self.optimizer = parameters, subject.make(parameters)
+            self.zero_grad = self.optimizer.zero_grad
+
+        def step(self) -> None:
+            nn.utils.clip_grad_norm_(self.parameters, 1e6)
+            self.optimizer.step()
+
+    subject.optimizers = [cast(torch.optim.Optimizer, Clipped(half)) for half in _halves(subject)]
+
+
 def two_optimizers_scaled(subject: Subject) -> None:
     """As under mixed precision: one GradScaler, two optimizers that each unscale and step."""
     two_optimizers(subject)
@@ -715,6 +758,9 @@ OPERATIONS: list[Operation] = [
     Operation("deepcopy of the root", deepcopied),
     Operation("deepcopy of each model apart", deepcopied_apart, kinds=MODELS_ONLY),
     Operation("deepcopy of one of the models", one_deepcopied, kinds=MODELS_ONLY, listed=False),
+    Operation("deepcopy of each model, one memo", deepcopied_with_memo, kinds=MODELS_ONLY, listed=False),
+    Operation("deepcopy of the models and the optimizer", deepcopied_with_optimizer, listed=False),
+    Operation("deepcopy of a deepcopy", deepcopied_twice, listed=False),
     Operation("copy.copy", shallow, listed=False),
     Operation("pickle", pickled),
     Operation("pickle of each model apart", pickled_apart, kinds=MODELS_ONLY),
@@ -741,6 +787,8 @@ OPERATIONS: list[Operation] = [
     Operation("load_state_dict of an untied network's", loaded_from_untied, **BEFORE, listed=False),
     Operation("load_state_dict into an untied network", loaded_into_untied, listed=False),
     Operation("torch.compile, eager", compiled("eager")),
+    Operation("torch.compile, fullgraph", compiled_whole, listed=False),
+    Operation("model.compile()", compiled_in_place, listed=False),
     Operation("torch.compile, inductor", compiled("inductor"), slow=True),
     Operation("torch.compile, then assign=True", compiled_then(loaded(assign=True)), listed=False),
     Operation("torch.compile, then a module replaced", compiled_then(replaced), listed=False),
@@ -778,6 +826,7 @@ OPERATIONS: list[Operation] = [
     Operation("nn.init at one name", initialised, **BEFORE, listed=False),
     Operation("model.apply(reset_parameters)", reset, listed=False),
     Operation("two optimizers", two_optimizers, note="each given one of the models, or one half of it"),
+    Operation("two optimizers, each clips before its step", two_optimizers_clipped, listed=False),
     Operation("two optimizers and a GradScaler", two_optimizers_scaled, listed=False),
     Operation("one optimizer and a GradScaler", one_optimizer_scaled, listed=False),
     Operation("two optimizers in turn", in_turn, kinds=MODELS_ONLY, listed=False, note="each after its own loss"),
