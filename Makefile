@@ -7,7 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= tying-out
 
-.PHONY: run test check format lint types bench-mnist bench-compact bench-stage-one bench-max-drop bench-prox bench-selection clean
+.PHONY: run test check format lint types bench-mnist bench-compact bench-stage-one bench-max-drop bench-prox bench-selection bench-ties \
+	bench-align bench-soft bench-bundle bench-two-domains bench-hybrid clean
 
 run: .venv/.run ## Set up, then compress the embedded task: prints the table and where the page is
 	$(BIN)/tying compress --max-drop 0.003 --out $(OUT)
@@ -45,6 +46,25 @@ bench-prox: .venv/.dev ## A quarter of an hour on a quiet machine
 
 bench-selection: .venv/.dev
 	$(BIN)/python -m benchmarks.selection
+
+bench-ties: .venv/.dev ## A few minutes; what else it tries out (torch-pruning, PEFT) is installed beside
+	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1 peft
+	$(BIN)/python -m benchmarks.ties
+
+bench-align: .venv/.dev
+	$(BIN)/python -m benchmarks.align
+
+bench-soft: .venv/.dev
+	$(BIN)/python -m benchmarks.soft
+
+bench-bundle: .venv/.dev
+	$(BIN)/python -m benchmarks.bundle
+
+bench-two-domains: .venv/.dev ## Half an hour
+	$(BIN)/python -m benchmarks.two_domains
+
+bench-hybrid: .venv/.dev ## Half an hour
+	$(BIN)/python -m benchmarks.hybrid
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

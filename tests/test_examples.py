@@ -44,6 +44,16 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 """
 
 
+BEFORE_SEVERAL = """
+model_a, model_b = build_model(), build_model()
+batches = [(x[batch], y[batch]) for batch in torch.arange(256).split(64)]
+
+
+def loss_of(model, inputs, labels):
+    return nn.functional.cross_entropy(model(inputs), labels)
+"""
+
+
 def law_runs(script: str, folder: Path) -> str:
     """Return what it prints."""
     done = subprocess.run(
@@ -65,12 +75,16 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
 
 
 def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
-    loop, channels = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    loop, channels, several = blocks
     back = 'print(torch.equal(tying.load("small.safetensors", build_model())(x), small(x)))'
     smaller = "print(small.fc1.out_features < model.fc1.out_features)"
-    said = law_runs("\n".join([AROUND_THE_LOOP, loop, back, channels, smaller]), tmp_path)
+    apart = "print(model_a.fc1.weight is model_b.fc1.weight)"
+    said = law_runs(
+        "\n".join([AROUND_THE_LOOP, loop, back, channels, smaller, BEFORE_SEVERAL, several, apart]), tmp_path
+    )
     assert "unique non-zero values" in said
-    assert said.endswith("True\nTrue\n")
+    assert said.endswith("True\nTrue\n4 of 4 ties hold\nFalse\n")
 
 
 @pytest.mark.parametrize("broken", ["1 / 0", "import warnings; warnings.warn('old'); print('new')", "quiet = True"])

@@ -122,8 +122,8 @@ class Expansion(nn.Module):
         if self._writes is not None and self._writes[0]._version != self._writes[1]:
             self._writes = None
             raise AssignmentError(
-                "weight: expected to be assigned (module.weight = …), as it is computed from what its tie stores, got a "
-                "write in place, which is lost; assign it, set the stored values, or untie_ before you write"
+                "weight: expected to be assigned (module.weight = …), as it is computed from what its tie stores, got "
+                "a write in place, which is lost; assign it, set the stored values, or untie_ before you write"
             )
         weight = self._expand(stored)
         self._writes = _writes_to(weight, stored)
