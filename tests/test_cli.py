@@ -211,6 +211,18 @@ def test_inspect_prints_the_table_or_the_json_of_the_library(tmp_path: Path) -> 
     assert run("inspect", path).stdout == f"{inspect(path)}\n"
     result = run("inspect", path, "--tolerance", 0.2, "--json")
     assert json.loads(result.stdout) == json.loads(inspect(path, tolerance=0.2).to_json())
+
+
+def test_inspect_says_what_several_files_share(tmp_path: Path) -> None:
+    weight = torch.randn(4, 6)
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        save_file({"w": weight, file.stem: torch.randn(3)}, file)
+    assert run("inspect", *files).stdout == f"{inspect(*files)}\n"
+    result = run("inspect", *files, "--tolerance", 0.2, "--json")
+    assert json.loads(result.stdout) == json.loads(inspect(*files, tolerance=0.2).to_json())
+    assert json.loads(result.stdout)["totals"]["saved"] == 4 * 6 * 4
+    assert "none.pt: expected a checkpoint" in run("inspect", files[0], "none.pt").stderr
     assert not result.stderr
 
 

@@ -134,7 +134,7 @@ def test_a_wrong_count_is_caught(twin: Callable[..., Inspection]) -> None:
 
 
 def test_a_layer_too_large_is_sampled_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("tying.inspect"), "MOST_COMPARED", 10)
+    monkeypatch.setattr(importlib.import_module("tying.inspect.one"), "MOST_COMPARED", 10)
     found = inspect({"w": torch.ones(3, 40), "v": torch.ones(3, 10)})
     first, second = found.findings
     assert (first.compared, first.sampled, first.alike_inputs) == (10, True, 9)

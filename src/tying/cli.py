@@ -53,6 +53,7 @@ def about(
     [bold]Then[/bold], with a network of your own:
 
         tying inspect model.safetensors      what is in it already?
+        tying inspect a.pt b.pt              what do two share?
         tying compress task.py --ratio 24    train it 24 times smaller
         tying report tying-out               the page with the pictures, again
 
@@ -159,8 +160,11 @@ def compress(
 
 @app.command()
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a state dict saved by torch.save.", metavar="FILE")
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A .safetensors file, or a state dict saved by torch.save; several to compare them.", metavar="FILE"
+        ),
     ],
     support: Annotated[
         float, typer.Option(help="A group is zero if its norm is at most this part of the largest.", metavar="F")
@@ -171,7 +175,11 @@ def inspect(
     ] = 0.05,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint could give: what is zero or nearly equal, and what tying it would save.
+    """Say what a checkpoint could give, or what several share.
+
+    One: what is zero or nearly equal, and what tying it would save.
+
+    Several: what is equal bit for bit, how far apart the rest is, and what one file for all would save.
 
     Nothing is trained, changed or run: a pickle that wants to run code is refused.
 
@@ -179,11 +187,12 @@ def inspect(
 
         tying inspect model.safetensors
         tying inspect checkpoint.pt --tolerance 0.01 --json
+        tying inspect a.safetensors b.safetensors
     """
     with _ending_cleanly(), _only_json(as_json):
         from tying import inspect as look
 
-        found = look(file, support=support, tolerance=tolerance)
+        found = look(*files, support=support, tolerance=tolerance)
     typer.echo(found.to_json() if as_json else str(found))
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tying import words
-from tying.errors import FileError, PlanError
+from tying.errors import FileError
 from tying.files.packing import bits_for
 from tying.groups import Groups
-from tying.store.checkpoint import read_tensors
 from tying.store.state import dtype_name
 
 MOST_COMPARED = 16_384
@@ -109,43 +107,17 @@ class Inspection:
         return _table(self)
 
 
-def inspect(source: str | Path | Mapping[str, Tensor], *, support: float = 0.05, tolerance: float = 0.05) -> Inspection:
-    """Look into a checkpoint for zero groups and for input groups that are nearly equal.
-
-    A group is zero if its l2 norm is at most `support` times the largest of its weight. Two inputs a, b with
-    ‖a‖ ≥ ‖b‖ are alike if ‖a − b‖ ≤ `tolerance` · ‖a‖; going down the norms, each input joins the first one it is
-    like, or stands for itself.
-
-    Args:
-        source: A `.safetensors` file, a file that `tying.save` wrote, a state dict saved by `torch.save` (loaded with
-            `weights_only=True`), or a state dict. Every floating-point tensor of two or more dimensions is looked at,
-            as `nn.Linear` and `nn.ConvNd` lay their weights out: outputs first, then inputs.
-        support: Relative norm, in [0, 1), as for `discover`.
-        tolerance: Relative distance, in [0, 1).
+def look(label: str, tensors: Iterable[tuple[str, Tensor]], support: float, tolerance: float) -> Inspection:
+    """Look into one checkpoint, one tensor after another.
 
     Raises:
-        FileError: If the file is not there, truncated, foreign, would run code, or holds no weight.
-        PlanError: If `support` or `tolerance` is out of range.
-
-    Example:
-        >>> print(inspect({"fc.weight": torch.tensor([[1.0, 1.0, 0.0, 3.0], [2.0, 2.0, 0.0, 4.0]])}))
-        state dict
-        weight     shape  inputs  zero  alike  outputs  zero  values  left  smaller
-        fc.weight  2×4         4     1      1        2     0       8     4    1.88×
-        total                                                      8     4    1.88×
-        zero: norm ≤ 0.05 of the weight's largest.
-        alike: distance to another input ≤ 0.05 of that one's norm.
-        smaller: in bytes, labels counted. Nothing was trained or removed: compact, then measure the accuracy.
+        FileError: If it holds no weight.
     """
-    for name, value in (("support", support), ("tolerance", tolerance)):
-        if not 0 <= value < 1:
-            raise PlanError(f"{name}: expected a number in [0, 1), got {value}; 0.05 is 5 %")
-    label, tensors = _opened(source)
     findings: list[Findings] = []
     skipped: list[Skipped] = []
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in tensors:
-        reason = _unfit(tensor, seen.setdefault(_identity(tensor), name), name)
+        reason = _unfit(tensor, seen.setdefault(identity(tensor), name), name)
         if reason is None:
             findings.append(_look(name, tensor.detach(), support, tolerance))
         else:
@@ -158,19 +130,8 @@ def inspect(source: str | Path | Mapping[str, Tensor], *, support: float = 0.05,
     return Inspection(label, support, tolerance, tuple(findings), tuple(skipped))
 
 
-def _opened(source: str | Path | Mapping[str, Tensor]) -> tuple[str, Iterable[tuple[str, Tensor]]]:
-    if isinstance(source, str | Path):
-        return str(source), read_tensors(source)
-    if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise FileError(
-            f"source: expected a path or a state dict, got {type(source).__name__}; pass model.state_dict()"
-        )
-    # a module's extra state may be anything
-    return "state dict", [(name, value) for name, value in source.items() if isinstance(value, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """Where the numbers lie: two names of one tensor are one weight."""
+def identity(tensor: Tensor) -> tuple[object, ...]:
+    """Return where the numbers lie: two names of one tensor are one weight."""
     if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -293,7 +254,7 @@ def _table(inspection: Inspection) -> str:
     if sampled:
         text.append(f"Of {', '.join(sampled)} an even sample of {MOST_COMPARED:,} inputs was compared.")
     if inspection.skipped:
-        text.append(f"Not looked at: {_reasons(inspection.skipped)}.")
+        text.append(f"Not looked at: {reasons(inspection.skipped)}.")
     return "\n".join(text)
 
 
@@ -316,7 +277,7 @@ def _times(sizes: Findings | Inspection) -> str:
     return words.times(words.ratio(sizes.bytes, sizes.bytes_left)) if sizes.bytes_left else "all"
 
 
-def _reasons(skipped: tuple[Skipped, ...]) -> str:
-    """`3 × 1 dimension, 1 × int64 numbers`."""
+def reasons(skipped: tuple[Skipped, ...]) -> str:
+    """Return how many were not looked at for which reason: `3 × 1 dimension, 1 × int64 numbers`."""
     counts = Counter(item.reason for item in skipped)
     return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
