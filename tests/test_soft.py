@@ -108,7 +108,11 @@ CASES = {
         lambda: {"a": nn.Conv2d(1, 3, 2), "b": nn.Linear(4, 3)},
         [tied([0, 1, 2] * 2, ("a.weight", OUTPUTS), ("b.weight", OUTPUTS))],
     ),
-    "two groups of one label each, three of another": Case(
+    "members of different sizes whose labels repeat": Case(
+        lambda: {"a": nn.Linear(2, 1), "b": nn.Linear(2, 3)},
+        [tied([0, 1, 0, 1], ("a.weight", OUTPUTS), ("b.weight", OUTPUTS))],
+    ),
+    "two groups of one label, three of another": Case(
         lambda: {"a": nn.Linear(5, 2)}, [tied([0, 1, 1, 0, 1], ("a.weight", INPUTS))]
     ),
 }

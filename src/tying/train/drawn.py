@@ -38,20 +38,21 @@ class Drawn:
         self._anchors = {} if anchors is None else _anchors(tie, anchors)
         members, labels = len(tie.members), tie.partition.labels
         self._in_order = members > 1 and np.array_equal(labels, np.tile(np.arange(tie.partition.classes), members))
-        self._stacks = () if self._in_order or to == "anchor" else _stacks(tie.partition)
+        self._stacks = () if to == "anchor" else _stacks(tie.partition)
         self._pruned = torch.from_numpy(np.flatnonzero(labels < 0))
 
     def value(self, weights: Mapping[str, Tensor], distance: Distance) -> Tensor:
         """Return Ω at strength 1, a differentiable scalar; in float32 at least."""
         tensors = [weights[member.parameter] for member in self.tie.members]
         tensors = [tensor.to(_common(tensors)) for tensor in tensors]
-        groups = self._groups(tensors, distance)
+        reads = self._read(tensors, distance)
+        self._move_to(reads[0])
         if self.to == "anchor":
-            pairs = zip(groups, tensors, self._anchors_like(tensors), strict=True)
-            return _sum([distance.between(each.read(mine), each.read(anchor)) for each, mine, anchor in pairs])
-        if self._in_order:
-            return _sum([self._apart([g.read(tensor) for g, tensor in zip(groups, tensors, strict=True)], distance)])
-        matrix = self._matrix(tensors)
+            anchors = self._read([each.to(reads[0].dtype) for each in self._anchors_of_members()], distance)
+            return _sum([distance.between(mine, anchor) for mine, anchor in zip(reads, anchors, strict=True)])
+        if self._side_by_side(reads):
+            return _sum([self._apart(reads, distance)])
+        matrix = torch.cat(reads)
         terms = [self._apart(_take(matrix, index), distance) for index in self._stacks]
         if len(self._pruned):
             pruned = _take(matrix, self._pruned)
@@ -66,21 +67,22 @@ class Drawn:
         """
         names = [member.parameter for member in self.tie.members]
         tensors = [weights[name].detach() for name in names]
-        groups = self._groups(tensors, distance)
-        reads = [each.read(tensor) for each, tensor in zip(groups, tensors, strict=True)]
+        reads = self._read(tensors, distance)
+        self._move_to(reads[0])
         piece = _PIECE if distance.elementwise else max(1, *(read.shape[1] for read in reads))
         if self.to == "anchor":
-            anchors = [each.read(anchor) for each, anchor in zip(groups, self._anchors_like(tensors), strict=True)]
+            anchors = self._read(self._anchors_of_members(), distance)
             toward = functools.partial(_toward, distance=distance, step=step)
             drawn = [
                 _by_pieces(toward, [mine, anchor], 1, piece)[0] for mine, anchor in zip(reads, anchors, strict=True)
             ]
-        elif self._in_order:
+        elif self._side_by_side(reads):
             together = functools.partial(self._together, distance=distance, step=step)
             drawn = _by_pieces(together, reads, len(reads), piece)
         else:
             matrix = torch.cat([read.double() for read in reads])
             drawn = self._prox_of_matrix(matrix, distance, step).split([len(read) for read in reads])
+        groups = self._groups(tensors, distance)
         return {
             name: each.write(new, tensor.shape).to(tensor.dtype)
             for name, each, new, tensor in zip(names, groups, drawn, tensors, strict=True)
@@ -89,9 +91,9 @@ class Drawn:
     def _prox_of_matrix(self, matrix: Tensor, distance: Distance, step: float) -> Tensor:
         result = matrix.clone()
         for index in self._stacks:
-            result[index.to(matrix.device)] = stacked(self._together(_take(matrix, index), distance, step))
+            result[index] = stacked(self._together(_take(matrix, index), distance, step))
         if len(self._pruned):
-            result[self._pruned.to(matrix.device)] = distance.shrink(_take(matrix, self._pruned), step)
+            result[self._pruned] = distance.shrink(_take(matrix, self._pruned), step)
         return result
 
     def _apart(self, stack: Stack, distance: Distance) -> Tensor:
@@ -108,12 +110,29 @@ class Drawn:
             return [Groups.whole()] * len(groups)
         return groups
 
-    def _matrix(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([m.groups.read(tensor) for m, tensor in zip(self.tie.members, tensors, strict=True)])
+    def _read(self, tensors: Sequence[Tensor], distance: Distance) -> list[Tensor]:
+        return [each.read(tensor) for each, tensor in zip(self._groups(tensors, distance), tensors, strict=True)]
 
-    def _anchors_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        like = zip(self.tie.members, tensors, strict=True)
-        return [self._anchors[m.parameter].to(tensor.device, tensor.dtype) for m, tensor in like]
+    def _side_by_side(self, reads: Sequence[Tensor]) -> bool:
+        """Whether the members are the stack: equal labels in equal order, and as many groups each."""
+        if self._in_order and len({len(read) for read in reads}) == 1:
+            return True
+        if is_sharded(reads[0]):
+            raise PlanError(
+                f"{self.tie}: expected plain parameters where groups of several sizes or orders are tied, got sharded "
+                "ones; tie whole tensors, or leave it out of the plan"
+            )
+        return False
+
+    def _anchors_of_members(self) -> list[Tensor]:
+        return [self._anchors[member.parameter] for member in self.tie.members]
+
+    def _move_to(self, weight: Tensor) -> None:
+        """Bring along what lies elsewhere: once, when the models move."""
+        if self._pruned.device != weight.device:
+            self._pruned = self._pruned.to(weight.device)
+            self._stacks = tuple(index.to(weight.device) for index in self._stacks)
+            self._anchors = {name: anchor.to(weight.device) for name, anchor in self._anchors.items()}
 
 
 def weights_of(plan: TiePlan, models: Models) -> dict[str, Tensor]:
@@ -252,7 +271,7 @@ def _stacks(partition: Partition) -> tuple[Tensor, ...]:
 
 def _take(matrix: Tensor, index: Tensor) -> Tensor:
     """Return the groups of an index of any shape: `(G, D)`, `(…)` → `(…, D)`."""
-    found = matrix.index_select(0, index.to(matrix.device).reshape(-1))
+    found = matrix.index_select(0, index.reshape(-1))
     return found.reshape(*index.shape, matrix.shape[1])
 
 

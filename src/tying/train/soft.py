@@ -128,7 +128,8 @@ class SoftTie:
         anchor, which takes the place of w̄). `"l1"`: by sorting, Shakerinava et al., arXiv 2311.03096. `"huber"`,
         `"norm"`: the difference of two members, or to an anchor, shrinks. Infinite strength gives the projection: all
         groups of a label get their mean bit for bit, pruned ones zero; so does `tie_`, once and for good. `"cosine"`
-        has no prox. Ties over several `Groups` of one parameter are applied in order.
+        has no prox. Ties over several `Groups` of one parameter are applied in order. For SGD: after an optimizer that
+        scales the gradient number by number, as Adam, no prox comes to rest where the loss term does; add that instead.
 
         Computed in float64. All results are found and checked before the first is written.
 
