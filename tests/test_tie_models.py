@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tying.enforce import check, retie_, shard_groups, tie_, unique_parameters, untie_
+from tying.enforce import check, compact, retie_, shard_groups, tie_, unique_parameters, untie_
 from tying.enforce.tie import plan_of
 from tying.errors import PlanError, TieError
 from tying.groups import Groups
+from tying.measure import measure
 from tying.models import Models, by_name, parameters_of
 from tying.plan import Member, Partition, Tie, TiePlan
 
@@ -480,3 +481,57 @@ def test_blocks_must_lie_in_the_model_and_beside_each_other():
         shard_groups(model, [model[0], model[0][0]])
     with pytest.raises(PlanError, match="not in it"):
         shard_groups(model, [nn.Linear(2, 2)])
+
+
+# ---------------------------------------------------------------- what computed weights are for others
+
+
+@pytest.mark.parametrize("case", ["transposed", "groups of two layers, some pruned"])
+def test_computed_weights_are_measured_and_read_in_inference_mode(case):
+    build, plan = CASES[case]
+    model = build()
+    tie_(model, plan)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with torch.inference_mode():
+        seen = model(x)
+    assert torch.equal(model(x), seen)
+    assert measure(model, example_inputs=x, latency=False).parameters == sum(p.numel() for p in unique_parameters(model))
+
+
+def test_a_write_in_place_that_would_be_lost_is_told():
+    build, plan = CASES["groups of two layers, some pruned"]
+    model = build()
+    tie_(model, plan)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    model(x).sum().backward()
+    nn.init.zeros_(model.decoder.weight)
+    with pytest.raises(TieError, match="got a write in place, which is lost"):
+        model(x)
+    model(x)
+
+
+def test_steps_of_the_optimizer_are_no_lost_writes():
+    build, plan = CASES["transposed"]
+    model = build()
+    tie_(model, plan)
+    optimizer = torch.optim.SGD(unique_parameters(model), lr=0.1)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+
+
+def test_shared_weights_may_change_their_shape_together():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
+    tie_(model, TiePlan([tie([0, 0], ("0.weight", WHOLE), ("2.weight", WHOLE))]))
+    with torch.no_grad():
+        for parameter in (model[0].weight, model[2].weight, model[4].weight):
+            parameter[:, 3] = 0
+        for layer in (model[0], model[2]):
+            layer.weight[3] = 0
+            layer.bias[3] = 0
+    x = torch.randn(5, 4, dtype=torch.float64)
+    small = compact(model, TiePlan([]), x)
+    assert check(small)
+    assert small[2].in_features == 4 or small[0].weight is small[2].weight
+    torch.testing.assert_close(small(x), model(x))

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from tying.enforce.expansion import Expansion, Gradient, Stage
 from tying.groups import Groups
 from tying.models import Models, by_name
-from tying.plan import Partition, Tie, qualified
+from tying.plan import Member, Partition, Tie, qualified
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,25 @@ class Bond:
     """Of what is stored."""
     loaded: tuple[str, int] | None = field(default=None, compare=False)
     """Which model's state dict wrote the values last, and the version that the parameter had then."""
+    stepped: Any = field(default=None, compare=False)
+    """Which optimizer used the gradient last, which gradient, and its version then; weakly."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stepped": None}
+
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Take this parameter for what is stored; where no weight is computed from it, its shape may be another."""
+        self.stored = parameter
+        if tuple(parameter.shape) != self.shape and not self.computes:
+            self.shape = tuple(parameter.shape)
+            self.shapes = (self.shape,) * len(self.shapes)
+            members = tuple(Member(member.parameter, Groups.whole()) for member in self.ties[0].members)
+            self.ties = (Tie(members, Partition([0] * len(members))),)
+
+    @property
+    def computes(self) -> bool:
+        """Whether a weight is computed from what is stored."""
+        return any(place.expanded for place in self.places)
 
     def expansion(self, member: int, device: torch.device) -> Expansion:
         """Return what computes a member's weight from what is stored."""
@@ -221,7 +240,7 @@ def renamed(tie: Tie, names: dict[str, str], shapes: tuple[tuple[int, ...], ...]
     if len(there) == 1 < len(tie.members) and partition.classes == len(partition):
         return None
     members = (tie.members[i] for i in there)
-    return Tie(tuple(type(m)(names[m.parameter], m.groups) for m in members), partition)
+    return Tie(tuple(Member(names[m.parameter], m.groups) for m in members), partition)
 
 
 def places_by_parameter(models: Models) -> dict[int, list[tuple[str, str, str]]]:

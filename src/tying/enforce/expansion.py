@@ -130,9 +130,11 @@ class Expansion(nn.Module):
         return weight
 
     def _expand(self, stored: Tensor) -> Tensor:
+        # in inference mode a view of a parameter says that it requires a gradient, and has no function for it
+        weight = stored if torch.is_grad_enabled() else stored.detach()
         for stage in reversed(self.each_stage()):
-            stored = stage(stored)
-        return stored
+            weight = stage(weight)
+        return weight
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_writes": None}
@@ -154,7 +156,7 @@ def _writes_to(weight: Tensor, stored: Tensor) -> tuple[Tensor, int] | None:
     A detached tensor counts together with the one that it comes from, and goes on when its memory is given back.
     """
     try:
-        if weight.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
+        if weight.is_inference() or weight.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr():
             return None
         counter = weight.detach()
         counter.data = counter.new_empty(0)

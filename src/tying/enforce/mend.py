@@ -135,7 +135,7 @@ def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
     if reference is None:
         names = ", ".join(f.place.name for f in found)
         return f"{names}: expected at least one that holds the stored values, got none; {REMEDY}"
-    if tuple(reference.tensor.shape) != bond.shape:
+    if bond.computes and tuple(reference.tensor.shape) != bond.shape:
         return (
             f"{reference.place.name}: expected what is stored for it, of shape {bond.shape}, got "
             f"{tuple(reference.tensor.shape)}; untie_ before you change shapes, and tie_ again"
@@ -195,5 +195,5 @@ def _adopt(bond: Bond, parameter: nn.Parameter) -> None:
     """Take what stands in all places for what is stored; a shard and the whole take turns, and both are in use."""
     if not any(hasattr(p, "to_local") for p in (bond.stored, parameter)):
         released(bond.stored, bond.places[0].name)
-    bond.stored = parameter
+    bond.adopt(parameter)
     changed()

@@ -50,8 +50,6 @@ class _Known:
 
 _guards: weakref.WeakSet[Guarded] = weakref.WeakSet()
 _released: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_stepped: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Stored parameter → the optimizer that stepped it last, and the gradient with its version then."""
 _known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
 _generations = itertools.count()
 _generation = next(_generations)
@@ -146,16 +144,15 @@ def _refuse_second_step(optimizer: Optimizer, bond: Bond) -> None:
     gradient = bond.stored.grad
     if gradient is None:
         return
-    last = _stepped.get(bond.stored)
-    if last is not None:
-        other, seen, version = last[0](), last[1](), last[2]
+    if bond.stepped is not None:
+        other, seen, version = bond.stepped[0](), bond.stepped[1](), bond.stepped[2]
         if other is not None and other is not optimizer and seen is gradient and version == gradient._version:
             raise TieError(
                 f"optimizer: expected one step for the gradient of {_names(bond)}, which are one parameter, got a "
                 f"second one, by {type(optimizer).__name__} after {type(other).__name__}; let one optimizer have it: "
                 "tying.unique_parameters(models)"
             )
-    _stepped[bond.stored] = (weakref.ref(optimizer), TensorWeakRef(gradient), gradient._version)
+    bond.stepped = (weakref.ref(optimizer), TensorWeakRef(gradient), gradient._version)
 
 
 def _names(bond: Bond) -> str:
