@@ -293,7 +293,7 @@ def scikit_learn_digits() -> Digits:
 
 def other_writers(content: bytes) -> Digits:
     """3,823 digits scanned as scikit-learn's, by other writers: its own are in the file, too, and are left out."""
-    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.int64)
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.int64, ndmin=2)
     known = {pixels.tobytes() for pixels in load_digits().data.astype(np.int64)}
     table = table[[pixels.tobytes() not in known for pixels in table[:, :64]]]
     return torch.from_numpy(table[:, :64] / 16).float(), torch.from_numpy(table[:, 64])
@@ -301,7 +301,7 @@ def other_writers(content: bytes) -> Digits:
 
 def map_digits(content: bytes, *, size: int = 8) -> Digits:
     """2,000 digits of Dutch utility maps: 16 × 15 pixels, averaged to 8 × 8, or as they are."""
-    table = np.loadtxt(io.BytesIO(content), delimiter=",", skiprows=1)
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", skiprows=1, ndmin=2)
     pixels, labels = torch.from_numpy(table[:, :240] / 6).float(), torch.from_numpy(table[:, 240]).long()
     if size == 8:
         pixels = avg_pool2d(pad(pixels.reshape(-1, 1, 16, 15), (0, 1)), 2).flatten(1)
