@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -364,8 +365,8 @@ def test_activations_face_what_they_correlate_with_most() -> None:
 
 
 def test_activations_that_are_not_centred_face_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain(observations: Tensor) -> NDArray[np.float64]:
-        return observations.double().numpy()
+    def plain(observations: NDArray[np.float64]) -> NDArray[np.float64]:
+        return observations
 
     monkeypatch.setattr(align_module, "_standardised", plain)
     with pytest.raises(AssertionError):
@@ -578,6 +579,23 @@ def test_a_model_that_cannot_be_followed_is_refused(forward: Any, message: str) 
     with pytest.raises(PlanError, match=message):
         by_weight(models, torch.randn(2, 3))
     assert_untouched(models, before)
+
+
+@pytest.mark.parametrize("align", [by_weight, by_activation])
+def test_weights_that_are_not_finite_are_refused(align: Align) -> None:
+    models = {name: build("mlp", seed)[0] for seed, name in enumerate("ab")}
+    with torch.no_grad():
+        models["a"][2].bias[3] = math.nan
+    before = {name: tensor.clone() for name, tensor in models["b"].state_dict().items()}
+    with pytest.raises(PlanError, match=r"a\.2\.bias: expected finite weights to align, got NaN or infinity"):
+        align(models, torch.randn(3, 20))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models["b"].state_dict().items())
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    models = {name: build("mlp", seed)[0] for seed, name in enumerate("ab")}
+    with pytest.raises(PlanError, match=r"b\.0\.weight: expected finite activations to align by"):
+        by_activation(models, torch.full((3, 20), math.inf))
 
 
 def test_a_write_that_fails_is_taken_back() -> None:

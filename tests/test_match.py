@@ -395,6 +395,13 @@ def test_zeros_agree_with_zeros_only() -> None:
     assert (pair.cosine, pair.distance) == (1, 0)
 
 
+def test_models_without_values_are_paired_all_the_same() -> None:
+    models = sites(3, 3)
+    meta = {name: copy.deepcopy(model).to("meta") for name, model in models.items()}
+    assert match(meta) == match(models)
+    assert all(math.isnan(pair.cosine) and math.isnan(pair.distance) for pair in match(meta).pairs)
+
+
 # ---------------------------------------------------------------- a plan like others
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
+from tying.errors import PlanError
 from tying.find.permute import Order, Reference, Side, Space, run
 
 Array: TypeAlias = NDArray[np.float64]
@@ -73,6 +74,9 @@ def by_activations(
 
     Returns:
         One order per space; None where no module's output shows the units in both models.
+
+    Raises:
+        PlanError: Names the model and the tensor whose layer gives NaN or infinity.
 
     Source: Li, Yosinski, Clune, Lipson, Hopcroft, *Convergent Learning*, 2015 (arXiv 1511.07543).
     """
@@ -221,13 +225,19 @@ def _activations(model: Reference, names: Mapping[str, str], sides: Mapping[str,
     finally:
         for handle in handles:
             handle.remove()
-    return {key: _standardised(torch.cat(parts)) for key, parts in caught.items() if parts}
+    observed = {key: torch.cat(parts).double().cpu() for key, parts in caught.items() if parts}
+    for key, values in observed.items():
+        if not bool(values.isfinite().all()):
+            raise PlanError(
+                f"{model.name}.{names[key]}: expected finite activations to align by, got NaN or infinity; "
+                "take other example inputs, or align by weights"
+            )
+    return {key: _standardised(values.numpy()) for key, values in observed.items()}
 
 
-def _standardised(observations: Tensor) -> Array:
+def _standardised(observations: Array) -> Array:
     """Return each unit's deviations from its mean, of length 1; zeros where it is constant."""
-    values = observations.detach().double().cpu().numpy()
-    values = values - values.mean(0)
+    values = observations - observations.mean(0)
     lengths = np.linalg.norm(values, axis=0)
-    alive = lengths > 1e-12 * np.abs(observations.detach().double().cpu().numpy()).max(0, initial=0.0)
+    alive = lengths > 1e-12 * np.linalg.norm(observations, axis=0)
     return np.where(alive, values / np.where(alive, lengths, 1), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -26,7 +27,8 @@ class Pair:
     """How well the groups that a tie pairs agree, each beside the first group with its label.
 
     With x all these groups end to end and y their firsts: `cosine` = x·y ÷ (‖x‖ ‖y‖) and `distance` =
-    ‖x − y‖ ÷ max(‖x‖, ‖y‖), in float64. Equal groups have cosine 1 and distance 0, also where all are zero.
+    ‖x − y‖ ÷ max(‖x‖, ‖y‖), in float64. Equal groups have cosine 1 and distance 0, also where all are zero;
+    tensors without values, on the meta device, have NaN.
     """
 
     members: tuple[Member, ...]
@@ -207,6 +209,8 @@ def _agreement(tie: Tie, parameters: Mapping[str, Tensor]) -> Pair:
     first = np.unique(labels, return_index=True)
     firsts = first[1][np.searchsorted(first[0], labels)]
     later = np.flatnonzero(faces & (firsts != np.arange(len(labels))))
+    if any(parameters[member.parameter].is_meta for member in tie.members):
+        return Pair(tie.members, tuple(counts), tuple(paired), math.nan, math.nan)
     with torch.no_grad():
         matrix = torch.cat([m.groups.read(parameters[m.parameter]).cpu().double() for m in tie.members])
         x, y = (matrix[torch.as_tensor(chosen)] for chosen in (later, firsts[later]))

@@ -49,6 +49,11 @@ class _Partner:
     target: Tensor
     turned: bool
 
+    @property
+    def full(self) -> str:
+        """The name with its model's."""
+        return qualified(self.model, self.name)
+
 
 def align_units(
     models: Mapping[str, nn.Module], plan: TiePlan, inputs: Mapping[str, tuple[Tensor, ...]], by: By
@@ -107,6 +112,10 @@ class _Aligner:
         return [r or (None if next(movable) else s.blocked) for s, r in zip(spaces, reasons, strict=True)]
 
     def _orders(self, name: str, spaces: Sequence[Space], partners: Mapping[str, _Partner]) -> list[Order | None]:
+        for local, partner in partners.items():
+            for full, value in ((f"{name}.{local}", self.tensors[name][local]), (partner.full, partner.target)):
+                if not bool(value.isfinite().all()):
+                    raise PlanError(f"{full}: expected finite weights to align, got NaN or infinity; mend it first")
         if self.by == "weights":
             return by_weights(spaces, self.tensors[name], {local: p.target for local, p in partners.items()})
         facing = [partner for partner in partners.values() if not partner.turned]
