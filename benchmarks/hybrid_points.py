@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from examples.hybrid import VAGUE, Points, RoundGaussians, accuracy_of, strength_of
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
-
-from examples.hybrid import VAGUE, Points, RoundGaussians, accuracy_of, strength_of
 
 SIZE = 6
 TOLERANCE = 1e-6

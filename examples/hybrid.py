@@ -274,31 +274,40 @@ def _tick(knob: float) -> str:
     return "hard" if knob == HARD else f"{knob:g}"
 
 
-def picture(panels: Mapping[str, Curves], knob: str, path: Path) -> None:
-    """Draw a panel per title, a curve per name, with the standard errors of the means."""
+def picture(
+    panels: Mapping[str, Curves],
+    knob: str,
+    path: Path,
+    levels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """Draw a panel per title, a curve per name with the standard errors of the means, and levels that have no knob."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    colours = ("#0067a8", "#c44f00", "#007a5a", "#96458a")
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"axes.spines.right": False, "axes.spines.top": False, "font.size": 9}):
-        figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
+        figure = Figure(figsize=(max(2.6 * len(panels), 9), 3.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
             knobs = list(next(iter(curves.values())))
-            numbers = knob == "α"
-            places = knobs if numbers else list(range(len(knobs)))
-            for (name, curve), colour in zip(
-                curves.items(), ("#0067a8", "#c44f00", "#007a5a", "#96458a"), strict=False
-            ):
-                means, errors = zip(*(mean_and_error([100 * v for v in curve[k]]) for k in knobs), strict=True)
-                axis.errorbar(places, means, errors, label=name, color=colour, marker=".", capsize=2, linewidth=1.4)
-            if not numbers:
-                axis.set_xticks(places, [_tick(k) for k in knobs], rotation=45)
+            places = dict(zip(knobs, knobs if knob == "α" else range(len(knobs)), strict=True))
+            for (name, curve), colour in zip(curves.items(), colours, strict=False):
+                means, errors = zip(
+                    *(mean_and_error([100 * v for v in values]) for values in curve.values()), strict=True
+                )
+                x = [places[k] for k in curve]
+                axis.errorbar(x, means, errors, label=name, color=colour, marker=".", capsize=2, linewidth=1.4)
+            for name, values in (levels or {}).get(title, {}).items():
+                axis.axhline(100 * float(np.mean(values)), label=name, color="#5a6675", linewidth=1, linestyle="--")
+            if knob != "α":
+                axis.set_xticks(list(places.values()), [_tick(k) for k in places], rotation=45)
             axis.set(title=title, xlabel=knob)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("test accuracy, %")
-        axes[-1].legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=120)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -318,7 +327,7 @@ def main() -> None:
                     accuracy_of(fit_hybrid(draw_points(elongation, labels, seed), alpha), elongation)
                     for seed in range(4 * options.seeds)
                 ]
-                for alpha in (0, 0.2, 0.4, 0.7, 1)
+                for alpha in (0, 0.4, 0.7, 1)
             }
             for labels in options.labels
         }
