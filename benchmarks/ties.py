@@ -113,8 +113,9 @@ def main() -> None:
     print(results["counts"])
     print("gradients differ by at most", results["largest_gradient_difference"])
     for name, entry in cost.items():
-        forward, hook = (1e6 * entry[key]["median"] for key in ("difference_seconds", "hook_seconds"))
-        print(f"{name}: the guard costs {forward:.1f} µs at a forward, its hook alone {hook:.1f}")
+        keys = ("difference_seconds", "hook_after_forward_seconds", "hook_seconds")
+        forward, after, hook = (1e6 * entry[key]["median"] for key in keys)
+        print(f"{name}: {forward:.1f} µs at a forward; the hook alone {after:.1f} after a forward, {hook:.1f} in a row")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def cases() -> dict[str, tuple[nn.Sequential, Models, TiePlan]]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Seconds of a forward with and without the guard, of what lies between, and of the hook alone."""
+    """Seconds of a forward with and without the guard, of what lies between, and of the hook by itself."""
     found: dict[str, Any] = {}
     x = torch.randn(1, WIDTH)
     for name, (model, models, plan) in cases().items():
@@ -63,6 +63,7 @@ def measure(rounds: int) -> dict[str, Any]:
             "bare_seconds": spread(taken["bare"]),
             "difference_seconds": spread(taken["guarded"] - taken["bare"]),
             "hook_seconds": spread(_hook(guard, model, x, rounds)),
+            "hook_after_forward_seconds": spread(_hook_after(bare, guard, model, x, rounds)),
             "most_seconds": MOST,
         }
     return found
@@ -75,4 +76,16 @@ def _hook(guard: Any, model: nn.Module, x: Tensor, rounds: int, calls: int = 10)
         for _ in range(calls):
             guard(model, (x,))
         taken.append((time.perf_counter() - start) / calls)
+    return np.array(taken)
+
+
+def _hook_after(bare: nn.Module, guard: Any, model: nn.Module, x: Tensor, rounds: int) -> np.ndarray:
+    """The hook alone, once after each forward: what it reads has left the cache."""
+    taken = []
+    for _ in range(rounds):
+        with torch.no_grad():
+            bare(x)
+        start = time.perf_counter()
+        guard(model, (x,))
+        taken.append(time.perf_counter() - start)
     return np.array(taken)

@@ -96,7 +96,7 @@ class Cell:
     by: str = ""
     """Whose error it is: tying's or PyTorch's (or another library's)."""
     named: bool = False
-    """Whether the error names a tied parameter."""
+    """Whether the error names a parameter, in full."""
     apart: float | None = None
     """The largest difference between the ends; 0: equal bit for bit."""
     off: float | None = None
@@ -228,12 +228,12 @@ def _outputs_of(networks: dict[str, Any], values: dict[str, Tensor], subject: Su
 def refused(error: Exception, subject: Subject, steps: int) -> Cell:
     """An error that comes after a wrong step was made in silence is too late."""
     words = str(error).strip().splitlines() or [""]
-    tied_names = [m.parameter for tie in plan_of(subject.kind) for m in tie.members]
+    names = [qualified(key, name) for key, m in untied(subject.kind).items() for name, _ in m.named_parameters()]
     late = steps > 0
     return Cell(
         "silent" if late else "error",
         said=("too late: " if late else "") + f"{type(error).__name__}: {words[0][:300]}",
         at=subject.at,
         by="tying" if isinstance(error, TyingError) else "PyTorch",
-        named=any(name in str(error) for name in tied_names),
+        named=any(name in str(error) for name in names),
     )

@@ -48,7 +48,16 @@ def law_never_silent(operation: Operation, kind: Kind, column: Column = "ours") 
         assert cell.named if cell.by == "tying" else any(words in cell.said for words in CLEAR), cell
 
 
-@pytest.mark.parametrize(("operation", "kind"), TRIED, ids=[f"{o.name}: {kind}" for o, kind in TRIED])
+NOT_SEEN = {("weight.data = … at one name", kind) for kind in ("inside", "transposed")}
+"""A computed weight is new at every read, and PyTorch tells nobody that its memory was exchanged."""
+
+
+def _case(operation: Operation, kind: Kind):
+    marks = [pytest.mark.xfail(strict=True)] if (operation.name, kind) in NOT_SEEN else []
+    return pytest.param(operation, kind, marks=marks, id=f"{operation.name}: {kind}")
+
+
+@pytest.mark.parametrize(("operation", "kind"), [_case(*tried) for tried in TRIED])
 def test_a_tie_never_breaks_in_silence(operation: Operation, kind: Kind) -> None:
     law_never_silent(operation, kind)
 
