@@ -74,7 +74,7 @@ def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
     for name, tensor in {**state.tensors, **unique.parameters}.items():
         if name not in hidden or name in unique.parameters:
             written.put(name, tensor)
-    layers = plan_in_force(whole)
+    known = {tie: place for place, (tie, _) in enumerate(ties)}
     record = {
         "models": [] if isinstance(models, nn.Module) else list(models),
         "architecture": without_known(_described(plain), state),
@@ -88,11 +88,10 @@ def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
         "frozen": sorted(state.frozen),
         "extra": dict(state.extra),
         "transient": dict(state.transient),
-        "steps": [[written.tie(step.tie), step.shapes] for step in unique.steps],
+        "steps": [[known.get(step.tie, written.tie(step.tie)), step.shapes] for step in unique.steps],
         "ties": [[written.tie(tie), gradient] for tie, gradient in ties],
-        "plan": written.plan(
-            plan if plan is not None else TiePlan((*layers, *(t for t, _ in ties)), layers.provenance)
-        ),
+        "plan": written.plan(plan if plan is not None else plan_in_force(whole)),
+        "plan given": plan is not None,
         "packed": written.packed,
         "labels": written.labels,
     }
@@ -169,8 +168,11 @@ def load_plan(path: str | Path) -> TiePlan:
     """
     tensors, record = unseal(path, kind=KIND, version=VERSION)
     with Understood(path):
-        stored = record.get("plan", {"ties": [], "provenance": {}})
-        return TiePlan([tie_of(tie, tensors, record) for tie in stored["ties"]], stored["provenance"])
+        stored = record.get("plan", {"ties": [], "provenance": {"made by": "tie_"}})
+        entries = list(stored["ties"])
+        if not record.get("plan given"):
+            entries += [entry for entry, _ in record.get("ties", ())]
+        return TiePlan([tie_of(entry, tensors, record) for entry in entries], stored["provenance"] if entries else {})
 
 
 def _described(models: Models) -> Description:

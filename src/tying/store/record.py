@@ -89,6 +89,7 @@ def state_of(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
     labels = set(record.get("labels", ()))
     tensors = {name: _unpacked(name, stored, record) for name in stored if name not in labels}
     for entry, shapes in reversed(record.get("steps", [])):
+        entry = record["ties"][entry][0] if isinstance(entry, int) else entry
         step = Step(tie_of(entry, stored, record), tuple(tuple(shape) for shape in shapes))
         tensors.update(step.undo(tensors))
     views = {name: View(base, tuple(s), tuple(t), at) for name, (base, s, t, at) in record.get("views", {}).items()}
