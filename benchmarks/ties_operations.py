@@ -272,6 +272,12 @@ def compiled_whole(subject: Subject) -> None:
     subject.run = {key: torch.compile(m, backend="eager", fullgraph=True) for key, m in subject.models.items()}
 
 
+def compiled_before(subject: Subject) -> None:
+    """Called before the tie: the models are compiled and have run."""
+    compiled("eager")(subject)
+    subject.outputs()
+
+
 def compiled_in_place(subject: Subject) -> None:
     torch.compiler.reset()
     for model in subject.models.values():
@@ -789,6 +795,7 @@ OPERATIONS: list[Operation] = [
     Operation("torch.compile, eager", compiled("eager")),
     Operation("torch.compile, fullgraph", compiled_whole, listed=False),
     Operation("model.compile()", compiled_in_place, listed=False),
+    Operation("torch.compile before the tie", nothing, prepare=compiled_before, listed=False),
     Operation("torch.compile, inductor", compiled("inductor"), slow=True),
     Operation("torch.compile, then assign=True", compiled_then(loaded(assign=True)), listed=False),
     Operation("torch.compile, then a module replaced", compiled_then(replaced), listed=False),
