@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from tying.enforce.check import check
 from tying.enforce.tie import gradients_of, plan_of
 from tying.equal import equal_ties
 from tying.errors import FileError, PlanError, TieError
+from tying.files.sealed import KEY, seal
 from tying.groups import Groups
 from tying.models import parameters_of
 from tying.plan import Member, Partition, Tie, TiePlan
@@ -482,6 +485,38 @@ def test_a_bundle_that_was_cut_or_changed_is_refused(tmp_path: Path) -> None:
     save_file({"a.0.weight": torch.ones(2, 2)}, path)
     with pytest.raises(FileError, match="got an ordinary safetensors file"):
         store.load(path, mlp(), name="a")
+
+
+MADE_UP: list[dict[str, object]] = [
+    {"models": 3},
+    {"models": ["a"]},
+    {"ties": [[[[["a.0.weight", "whole"], ["b.0.weight", "whole"]], "none"], "sum"]]},
+    {"ties": [[[[["a.0.weight", "whole"], ["b.9.weight", "whole"]], "labels.0"], "sum"]]},
+    {"ties": [[[[["a.0.weight", "whole"], ["b.0.weight", "whole"]], "labels.0"], "median"]]},
+    {"ties": [[[[["a.1.num_batches_tracked", "whole"], ["b.0.weight", "whole"]], "labels.0"], "sum"]]},
+    {"steps": [[7, [[4, 3, 3, 3]]]]},
+    {"steps": [["x", [[4, 3, 3, 3]]]]},
+    {"aliases": {"b.0.weight": "b.none"}},
+    {"architecture": {"a.0": 3}},
+]
+
+
+@pytest.mark.parametrize("change", MADE_UP)
+def test_a_record_that_was_made_up_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "pair.safetensors"
+    models = {"a": conv(), "b": conv(2)}
+    tie_(models, TiePlan([whole("a.0.weight", "b.0.weight")]))
+    store.save(models, path)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()[KEY])
+    kept = {key: value for key, value in record.items() if key not in ("sum", "sums", "format")}
+    path.write_bytes(seal(tensors, {**kept, **change}, kind=store.KIND, version=store.VERSION))
+    with pytest.raises(FileError, match=r"pair\.safetensors: "):
+        store.load(path, {"a": conv(), "b": conv(2)})
+    if "steps" in change:
+        with pytest.raises(FileError, match=r"pair\.safetensors: "):
+            store.load(path, conv(), name="a")
 
 
 def test_a_bundle_says_the_same_bytes_and_names_that_anyone_reads(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tying.store import before
 from tying.store.bundle import below, only, prefixed, tie_within, together, wanted
 from tying.store.record import Understood, Written, state_of, tie_of, with_known, without_known
 from tying.store.state import State, check_not_outgrown, check_transient, collect, fill, is_dense, refuse_lazy
-from tying.store.ties import Tied, in_force, tie_again_, untied
+from tying.store.ties import Tied, in_force, known_gradient, tie_again_, untied
 from tying.store.unique import plan_in_force, unique_set
 
 KIND, VERSION = "tying.model", 1
@@ -138,13 +138,17 @@ def load(path: str | Path, models: Models, *, name: str | None = None) -> nn.Mod
         True
     """
     stored, record = unseal(path, kind=KIND, version=VERSION)
-    names = [str(each) for each in record.get("models", ())]
+    with Understood(path):
+        names = [str(each) for each in record.get("models", ())]
     parts = wanted(path, models, name, names)
     with Understood(path):
         state = state_of(stored, record)
-        ties: list[Tied] = [(tie_of(entry, stored, record), gradient) for entry, gradient in record.get("ties", ())]
-        if old := record.get("tie_"):
-            ties = [(tie_of(entry, stored, record), gradient) for entry, gradient in old]
+        old = record.get("tie_", ())
+        ties: list[Tied] = [
+            (tie_of(entry, stored, record), known_gradient(gradient))
+            for entry, gradient in old or record.get("ties", ())
+        ]
+        if old:
             state = before.weights_of(state, [tie for tie, _ in ties], record)
         description = with_known(record.get("architecture", {}), state)
         if names and set(parts) < set(names):

@@ -14,7 +14,7 @@ from tying.enforce.check import check
 from tying.enforce.expansion import Gradient
 from tying.enforce.tie import gradients_of, plan_of, tie_, untie_
 from tying.errors import TieError
-from tying.models import Models, by_name
+from tying.models import Models, by_name, parameters_of
 from tying.plan import Tie, TiePlan
 from tying.store.state import same_bits
 
@@ -35,6 +35,17 @@ def in_force(models: Models) -> list[Tied]:
     return [(tie, gradients[tie.members[0].parameter]) for tie in plan_of(models)]
 
 
+def known_gradient(text: str) -> Gradient:
+    """Return how a tie combines gradients, as it was written.
+
+    Raises:
+        ValueError: If it is none of the ways.
+    """
+    if text not in get_args(Gradient):
+        raise ValueError(text)
+    return cast(Gradient, text)
+
+
 def untied(models: Models) -> Models:
     """Return the models, or copies of them without the ties of `tie_`: plain weights, bit for bit."""
     if not check(models).ties:  # the plan of one of two tied models alone is empty
@@ -52,8 +63,8 @@ def tie_again_(models: Models, ties: Sequence[Tied], whole: nn.Module) -> None:
         ties: What `in_force` gave of those that were saved.
         whole: The filled models under one roof, whose names are the full ones.
     """
-    names = dict.fromkeys(member.parameter for tie, _ in ties for member in tie.members)
-    weights = {name: whole.get_parameter(name).detach().clone() for name in names}
+    names = {member.parameter for tie, _ in ties for member in tie.members}
+    weights = {name: p.detach().clone() for name, p in parameters_of(models).items() if name in names}
     for gradient in get_args(Gradient):
         tie_(models, TiePlan([tie for tie, each in ties if each == gradient]), gradient=gradient)
     for name, weight in weights.items():
