@@ -71,6 +71,8 @@ def law_of_value(distance: Distance, form: str, compute: Callable = value) -> No
             found = compute(distance, given, form)
             assert found.shape == stack.shape[1:2]
             np.testing.assert_allclose(found.numpy(), by_hand(distance, stack, form), rtol=1e-12, atol=1e-14)
+        if stack.shape[1] == 1:  # one label: its members alone
+            assert torch.equal(compute(distance, stack[:, 0], form), compute(distance, stack, form)[0])
 
 
 @pytest.mark.parametrize("form", ["pairs", "centre"])

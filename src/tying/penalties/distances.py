@@ -1,6 +1,7 @@
 """Distances between groups that are drawn together: pure tensor maths, for two members or many.
 
-A *stack* holds the n members of K labels side by side: `(n, K, D)`, or n tensors `(K, D)`. Values are differentiable
+A *stack* holds the n members of K labels side by side: `(n, K, D)`, or n tensors `(K, D)`; for a value of one label
+also `(n, D)`. Values are differentiable
 and are computed from differences, never as a difference of large sums. Proxes are exact, and are meant for float64;
 a step of infinity gives the projection.
 """
@@ -273,7 +274,7 @@ class Norm(Distance):
         """Return the sum of the `(n, n)` norms, of which only those are kept: n × `(K, D)` → `(K,)`."""
         if len(stack) == 2:
             return self.between(stack[0], stack[1])
-        members = stacked(stack).transpose(0, 1)
+        members = stacked(stack).movedim(0, -2)
         return torch.cdist(members, members, compute_mode="donot_use_mm_for_euclid_dist").sum((-2, -1)) / 2
 
 

@@ -51,6 +51,8 @@ class Drawn:
             anchors = self._read([each.to(reads[0].dtype) for each in self._anchors_of_members()], distance)
             return _sum([distance.between(mine, anchor) for mine, anchor in zip(reads, anchors, strict=True)])
         if self._side_by_side(reads):
+            if len(reads[0]) == 1:
+                reads = [tensor.reshape(-1) for tensor in tensors]  # one group: one sum less, there and back
             return _sum([self._apart(reads, distance)])
         matrix = torch.cat(reads)
         terms = [self._apart(_take(matrix, index), distance) for index in self._stacks]
@@ -190,6 +192,11 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
+def total_of(scalars: Sequence[Tensor]) -> Tensor:
+    """Return the sum of some scalars, at least one."""
+    return functools.reduce(torch.add, scalars)
+
+
 def nothing(tensors: Sequence[Tensor]) -> Tensor:
     """Return 0 as a sum over none of the weights, so that a backward pass finds its way."""
     return _sum([tensor.reshape(-1)[:0] for tensor in tensors[:1]])
@@ -296,5 +303,5 @@ def _common(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = functools.reduce(torch.add, [term.sum() for term in terms])
+    total = total_of([term.sum() if term.dim() else term for term in terms])
     return cast(Tensor, total.full_tensor()) if is_sharded(total) else total  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ from tying.models import Models
 from tying.penalties.distances import L2, Distance, as_distance
 from tying.penalties.sequences import check_not_negative
 from tying.plan import TiePlan
-from tying.train.drawn import Drawn, To, check_trained, is_finite, nothing, weights_of
+from tying.train.drawn import Drawn, To, check_trained, is_finite, nothing, total_of, weights_of
 from tying.train.strengths import Strength, at, per_tie
 
 
@@ -109,16 +109,17 @@ class SoftTie:
             PenaltyError: If a strength is infinite, or a schedule has no progress or gives no number ≥ 0.
         """
         weights = weights_of(self.plan, models)
-        total: Tensor | None = None
+        terms: dict[float, list[Tensor]] = {}
         for drawn, strength in zip(self._drawn, at(progress, self._strengths), strict=True):
             if strength == math.inf:
                 raise PenaltyError(
                     f"{drawn.tie}: expected a finite strength in a loss, got infinity; use prox_, or tie_ for good"
                 )
             if strength:
-                term = strength * drawn.value(weights, self.distance)
-                total = term if total is None else total + term
-        return nothing(list(weights.values())) if total is None else total
+                terms.setdefault(strength, []).append(drawn.value(weights, self.distance))
+        if not terms:
+            return nothing(list(weights.values()))
+        return total_of([strength * total_of(each) for strength, each in terms.items()])
 
     @torch.no_grad()
     def prox_(self, models: Models, step: float, *, progress: float | None = None) -> None:
