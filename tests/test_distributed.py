@@ -1,4 +1,4 @@
-"""Penalties on several machines: real processes, started once by `torchrun`, that hold the laws of `distributed/`."""
+"""Penalties and ties over several machines: real processes, started once by `torchrun`, hold the laws of `distributed/`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TIMEOUT = 240
 
 def _run(world: int, folder: Path) -> None:
     """Start the processes; none outlives this call. How they end says little: gloo may abort at the very exit."""
-    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]))
     command = [
         "-m",
         "torch.distributed.run",
