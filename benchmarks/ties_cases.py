@@ -286,3 +286,13 @@ def off(start: dict[str, Tensor], found: dict[str, Tensor], expected: dict[str, 
         difference = (found[name].to(value.dtype) - value.detach()).double()
         worst = max(worst, float(difference.norm() / update.norm().clamp(min=1e-3)))
     return worst
+
+
+def dense(kind: Kind, seed: int) -> dict[str, Tensor]:
+    """The values of the untied networks of that seed, by name."""
+    return {qualified(k, n): p.detach().clone() for k, m in untied(kind, seed).items() for n, p in m.named_parameters()}
+
+
+def both_ends(subject: Subject) -> tuple[str, ...]:
+    """The names of the weights that are tied."""
+    return tuple(m.parameter for tie in plan_of(subject.kind) for m in tie.members)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ties_cases import Kind, Reference, Subject, plan_of, untied
-from benchmarks.ties_operations import compiled
+from benchmarks.ties_computing import compiled
 from tying.enforce.expansion import Gradient
 from tying.enforce.tie import tie_
 from tying.groups import Groups

@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from benchmarks.ties_cases import HIDDEN, Subject, data, tied
-from benchmarks.ties_operations import dense
+from benchmarks.ties_cases import HIDDEN, Subject, data, dense, tied
 from benchmarks.ties_verdict import ChangedError, Expected, Operation
 
 

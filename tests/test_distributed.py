@@ -1,4 +1,4 @@
-"""Penalties and ties over several machines: real processes, started once by `torchrun`, hold the laws of `distributed/`."""
+"""Penalties and ties over several machines: real processes, started once, that hold the laws of `distributed/`."""
 
 from __future__ import annotations
 
