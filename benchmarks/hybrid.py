@@ -1,7 +1,8 @@
 """What an unsupervised twin is worth: accuracy from independent to shared, in two studies with paired seeds.
 
 Points: the hybrid of Lasserre, Bishop & Minka (CVPR 2006), against α, for classes more and more elongated, which the
-model takes for round. α is chosen on one half of the seeds and measured on the other.
+model takes for round. α is chosen on one half of the seeds and measured on the other; so is the penalty of the control
+that only shrinks, a logistic regression.
 Digits: a classifier tied to an autoencoder, or to k-means, against the strength, with its controls. Strengths are
 chosen on validation, seed by seed, the weakest of equals.
 
@@ -37,7 +38,11 @@ DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 BATCH = 100
 """Samples that are fitted at once."""
 TIED = ("autoencoder", "k-means")
-BASELINE = "pixels, logistic regression"
+BASELINE, DECAY, LABELLED_ONLY = "pixels, logistic regression", "weight decay", "k-means of the labelled only"
+RIVALS = (BASELINE, DECAY, LABELLED_ONLY, "autoencoder alone, read-out", "k-means, read-out")
+
+ENDS = {"strength 0": "0", "hard": "hard"}
+SHOWN = (*ENDS, DECAY, BASELINE)
 
 Pair = list[float]
 """Mean and standard error, in percent."""
@@ -60,6 +65,7 @@ def gain(values: Sequence[float], base: Sequence[float]) -> Pair:
 def points(elongation: float, labels: int, seeds: int, say: Say) -> tuple[Line, dict[float, list[float]]]:
     """Return what is kept of one setting, and its accuracies by α and seed."""
     found: dict[float, list[float]] = {alpha: [] for alpha in ALPHAS}
+    shrunk: dict[float, list[float]] = {penalty: [] for penalty in hybrid_points.PENALTIES}
     slopes: list[float] = []
     for first in range(0, seeds, BATCH):
         drawn = [example.draw_points(elongation, labels, seed) for seed in range(first, min(first + BATCH, seeds))]
@@ -69,6 +75,8 @@ def points(elongation: float, labels: int, seeds: int, say: Say) -> tuple[Line, 
             found[alpha] += hybrid_points.accuracies(theta, drawn)
             slopes += slope.tolist()
             say()
+        for penalty, values in shrunk.items():
+            values += [hybrid_points.logistic_regression(own, penalty) for own in drawn]
     line = {
         "elongation": elongation,
         "labels per class": labels,
@@ -77,22 +85,28 @@ def points(elongation: float, labels: int, seeds: int, say: Say) -> tuple[Line, 
         "accuracy": [percent(found[alpha]) for alpha in ALPHAS],
         "gain on alpha 1": [gain(found[alpha], found[1.0]) for alpha in ALPHAS],
         "gain on alpha 0": [gain(found[alpha], found[0.0]) for alpha in ALPHAS],
-        "chosen": _chosen_alpha(found),
+        "chosen": _chosen_alpha(found, shrunk),
         "fits not stationary": sum(slope > hybrid_points.TOLERANCE for slope in slopes),
         "fits": len(slopes),
     }
     return line, found
 
 
-def _chosen_alpha(found: Mapping[float, Sequence[float]]) -> Line:
-    """Choose the best α inside on the even seeds, measure it on the odd ones."""
-    alpha = max(ALPHAS[1:-1], key=lambda a: mean_and_error(found[a][::2])[0])
-    here, discriminative, generative = (found[a][1::2] for a in (alpha, 1.0, 0.0))
+def _chosen_alpha(found: Mapping[float, Sequence[float]], shrunk: Mapping[float, Sequence[float]]) -> Line:
+    """Choose the best α inside on the even seeds, measure it on the odd ones; so with the control's penalty."""
+
+    def best(by: Mapping[float, Sequence[float]], among: Sequence[float]) -> float:
+        return max(among, key=lambda knob: mean_and_error(by[knob][::2])[0])
+
+    alpha, penalty = best(found, ALPHAS[1:-1]), best(shrunk, list(shrunk))
+    here, control = found[alpha][1::2], shrunk[penalty][1::2]
     return {
         "alpha": alpha,
         "accuracy": percent(here),
-        "gain on alpha 1": gain(here, discriminative),
-        "gain on alpha 0": gain(here, generative),
+        "gain on alpha 1": gain(here, found[1.0][1::2]),
+        "gain on alpha 0": gain(here, found[0.0][1::2]),
+        "logistic regression": {"C": penalty, "accuracy": percent(control)},
+        "gain on logistic regression": gain(here, control),
     }
 
 
@@ -116,28 +130,18 @@ def digits(labels: int, seeds: int, say: Say) -> Found:
 def digits_line(labels: int, found: Found) -> Line:
     """Return what is kept: test accuracies by strength, and with the strength chosen on validation."""
     chosen = {name: _chosen_on_validation(by) for name, by in found.items()}
-    rivals = {
-        "strength 0": None,
-        "hard": None,
-        "weight decay": chosen["weight decay"][0],
-        BASELINE: chosen[BASELINE][0],
-    }
-    line: Line = {"labels per digit": labels, "seeds": len(next(iter(found[BASELINE].values()))), "methods": {}}
+    line: Line = {"labels per digit": labels, "seeds": len(chosen[BASELINE][0]), "methods": {}}
     for name, by in found.items():
         own = _tests(by)
         kept: Line = {"test": {strength: percent(values) for strength, values in own.items()}}
         if "" not in by:
+            rivals = {end_name: own[end] for end_name, end in ENDS.items() if end in own}
+            rivals |= {rival: chosen[rival][0] for rival in RIVALS if rival != name}
             kept["gain on strength 0"] = {s: gain(values, own["0"]) for s, values in own.items() if s != "0"}
             kept["chosen"] = {
                 "test": percent(chosen[name][0]),
                 "strengths": {s: chosen[name][1].count(s) for s in own},
-                "gain on": {
-                    rival: gain(chosen[name][0], base)
-                    for rival, values in rivals.items()
-                    if rival != name
-                    for base in (values or own.get(rival.removeprefix("strength ")),)
-                    if base
-                },
+                "gain on": {rival: gain(chosen[name][0], values) for rival, values in rivals.items()},
             }
         line["methods"][name] = kept
     return line
@@ -180,7 +184,7 @@ def agreement(samples: int = 3) -> dict[str, float]:
 
 def curves_of(found: Found) -> tuple[Curves, dict[str, list[float]]]:
     """Return the curves of a panel, and the level that has no strength."""
-    names = (*TIED, "k-means of the labelled only", "weight decay")
+    names = (*TIED, LABELLED_ONLY, DECAY)
     curves = {
         name: {HARD if s == "hard" else float(s): values for s, values in _tests(found[name]).items()} for name in names
     }
@@ -197,6 +201,7 @@ def show_points(lines: Sequence[Line], console: Console) -> None:
             f"{line['elongation']:g}", str(line["labels per class"]), _cell(line["accuracy"][0]),
             _cell(chosen["accuracy"]), _cell(line["accuracy"][-1]), f"{chosen['alpha']:g}",
             _cell(chosen["gain on alpha 0"], signed=True), _cell(chosen["gain on alpha 1"], signed=True),
+            _cell(chosen["gain on logistic regression"], signed=True),
         )  # fmt: skip
     console.print(table)
 
@@ -204,11 +209,11 @@ def show_points(lines: Sequence[Line], console: Console) -> None:
 def show_digits(lines: Sequence[Line], console: Console) -> None:
     for line in lines:
         title = f"{line['labels per digit']} labels per digit, {line['seeds']} seeds"
-        table = Table("", *map(label, STRENGTHS), "chosen", "gain on strength 0", "on weight decay", title=title)
+        table = Table("", *map(label, STRENGTHS), "chosen", *(f"− {rival}" for rival in SHOWN), title=title)
         for name, kept in line["methods"].items():
             chosen = kept.get("chosen", {"test": kept["test"].get(""), "gain on": {}})
             cells = [_cell(kept["test"].get(label(s))) for s in STRENGTHS]
-            rivals = [_cell(chosen["gain on"].get(rival), signed=True) for rival in ("strength 0", "weight decay")]
+            rivals = [_cell(chosen["gain on"].get(rival), signed=True) for rival in SHOWN]
             table.add_row(name, *cells, _cell(chosen["test"]), *rivals)
         console.print(table)
 
@@ -251,7 +256,7 @@ def main() -> None:
             example.picture(panels, "strength", options.out / "hybrid_digits.png", levels)
         results["largest difference to the example"] = agreement()
         record(options.out / "hybrid.json", command, results)
-    out = Console(file=sys.stdout, width=200, highlight=False)
+    out = Console(file=sys.stdout, width=240, highlight=False)
     show_points(results["points"], out)
     show_digits(results["digits"], out)
     out.print(f"largest difference to the example: {results['largest difference to the example']}")

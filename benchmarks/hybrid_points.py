@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from examples.hybrid import VAGUE, Points, RoundGaussians, accuracy_of, strength_of
+from examples.hybrid import VAGUE, Points, RoundGaussians, accuracy_of, accuracy_of_line, strength_of
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
@@ -168,3 +170,13 @@ def put(theta: Tensor, points: Points) -> RoundGaussians:
     model = RoundGaussians(points)
     torch.nn.utils.vector_to_parameters(theta[:SIZE], model.parameters())
     return model
+
+
+PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+"""`C` of the logistic regression."""
+
+
+def logistic_regression(points: Points, penalty: float) -> float:
+    """Return the exact accuracy of the control that only shrinks: the labelled points, and nothing of the others."""
+    model: Any = LogisticRegression(C=penalty, max_iter=1_000).fit(points.labelled.numpy(), points.classes.numpy())
+    return accuracy_of_line(torch.from_numpy(model.coef_[0]), torch.from_numpy(model.intercept_), points.elongation)

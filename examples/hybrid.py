@@ -124,10 +124,14 @@ def fit_hybrid(points: Points, alpha: float) -> RoundGaussians:
 
 @torch.no_grad()
 def accuracy_of(model: RoundGaussians, elongation: float) -> float:
-    """Return the share of all points of the true classes that the model gets right, exactly: its border is a line."""
+    """Return the share of all points of the true classes that the model gets right; its border is a line."""
     first, second = model.means
     normal = (second - first) / model.log_variance.exp()
-    offset = model.log_odds - normal @ (first + second) / 2
+    return accuracy_of_line(normal, model.log_odds - normal @ (first + second) / 2, elongation)
+
+
+def accuracy_of_line(normal: Tensor, offset: Tensor, elongation: float) -> float:
+    """Return the share of all points right, exactly, where class 1 is said of x with normal · x + offset > 0."""
     spread = (normal * torch.tensor([elongation, 1.0], dtype=torch.float64)).norm()
     margin = (normal[1] * APART / 2 + torch.cat([offset, -offset])) / spread
     return torch.special.ndtr(margin).mean().item()
@@ -346,7 +350,7 @@ def main() -> None:
             for name, way in ways.items()
         }
         panels[f"{labels} labels per digit"] = curves
-        show(f"{labels} labels per digit, λ =", curves)
+        show(f"{labels} labels per digit, strength =", curves)
     if options.out:
         picture(toy, "α", options.out / "hybrid_points.png")
         picture(panels, "strength", options.out / "hybrid_digits.png")
