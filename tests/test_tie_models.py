@@ -320,6 +320,13 @@ def test_both_ends_copied_stay_tied_and_one_end_alone_is_not_trained():
     assert check(models)
 
 
+def test_a_copy_alone_does_not_mind_ties_that_lie_in_another_model():
+    models = pair()
+    tie_(models, TiePlan([ENCODERS, tie([0, 0, 1, 2, 3], ("b.decoder.bias", OUTPUTS))]))
+    with torch.no_grad():
+        copy.deepcopy(models["a"])(torch.zeros(1, 5, dtype=torch.float64))
+
+
 def test_a_model_that_is_gone_leaves_the_other_in_peace():
     models = pair()
     tie_(models, CASES["two models, all"][1])
@@ -495,7 +502,9 @@ def test_computed_weights_are_measured_and_read_in_inference_mode(case):
     with torch.inference_mode():
         seen = model(x)
     assert torch.equal(model(x), seen)
-    assert measure(model, example_inputs=x, latency=False).parameters == sum(p.numel() for p in unique_parameters(model))
+    assert measure(model, example_inputs=x, latency=False).parameters == sum(
+        p.numel() for p in unique_parameters(model)
+    )
 
 
 def test_a_write_in_place_that_would_be_lost_is_told():

@@ -71,6 +71,8 @@ def diagnose(bonds: Bonds, bond: Bond, *, assigned: bool = False) -> Diagnosis:
         if isinstance(what, str):
             return Diagnosis(bond, problem=f"{place.name}: expected the weight {_tied_with(bond, place)}, got {what}")
         found.append(what)
+    if not found:  # all its places are in models that are not here
+        return Diagnosis(bond)
     if torch.compiler.is_compiling() or any(not isinstance(f.tensor, nn.Parameter) for f in found):
         return Diagnosis(bond, tuple(found), _apart_in_one_model(found) or _trained_apart(found), functional=True)
     return Diagnosis(bond, tuple(found), _disagreement(bond, found, assigned))
