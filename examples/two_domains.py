@@ -369,7 +369,9 @@ def _panel(axis: Any, by_labels: Mapping[int, Mapping[str, Line]], colours: Sequ
             if gain > floor:
                 axis.errorbar(x, gain, s[POOLED]["gain_error"], marker="s", **style)
             else:
-                axis.annotate(f"↓ −{-gain:.0f}", (x, floor), color=colour, rotation=90, ha="center", va="bottom", size=8)
+                axis.annotate(
+                    f"↓ −{-gain:.0f}", (x, floor), color=colour, rotation=90, ha="center", va="bottom", size=8
+                )
     axis.set(ylim=(floor, None), xlim=(-0.5, len(ties) + 0.5))
     ticks = [method.removeprefix(SOFT) for method in ties] + ["pooled"] * (POOLED in methods)
     axis.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right")
