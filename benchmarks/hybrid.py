@@ -4,8 +4,8 @@ Points: the hybrid of Lasserre, Bishop & Minka (CVPR 2006), against α, for clas
 model takes for round. α is chosen on one half of the seeds and measured on the other; so is the penalty of the control
 that only shrinks, a logistic regression.
 Digits: a classifier tied to an autoencoder, or to k-means, against the strength, with its controls. Strengths are
-chosen on validation, seed by seed, the weakest of equals. All have the same steps of Adam, as a loss term leaves it: two
-models under a strength of 10 move together slowly, so that the last curve points are not yet the hard tie beside them.
+chosen on validation, seed by seed, the weakest of equals. All have the same steps of Adam, with the tie as a loss term:
+two models under a strength of 10 move slowly then, and are not yet what the hard tie beside them is.
 
 Both do what examples/hybrid.py does, with many networks at once; that they agree is part of the result.
 """
