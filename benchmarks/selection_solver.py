@@ -1,6 +1,6 @@
 """Penalised least squares, many problems side by side, solved to a certificate: ½‖AX − Y‖² + strength · Ω(X).
 
-ADMM with an exact linear solve over `tying.penalties.prox_owl`, all problems at once; what it has not settled goes on alone, by
+ADMM with an exact linear solve over `prox_owl`, all problems at once; what it has not settled goes on alone, by
 `selection_newton`. The spectra of the benchmark are why: their columns correlate by 0.96 and more, and there
 accelerated proximal gradient is at a relative gap of 1e-4 after 50,000 steps. Sources: Boyd et al.,
 doi:10.1561/2200000016; the gap: Fercoq, Gramfort & Salmon, ICML 2015.

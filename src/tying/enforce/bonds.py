@@ -91,6 +91,7 @@ class Bond:
         if self.home is not None:
             source = (tie.members[self.home].groups, self.shapes[self.home])
         return Expansion(
+            tie.members[member].parameter,
             Stage(
                 tie.members[member].groups,
                 self.labels(member),
@@ -99,7 +100,7 @@ class Bond:
                 source=source,
                 sizes=tie.partition.sizes if self.gradient == "mean" else None,
                 device=device,
-            )
+            ),
         )
 
     def _two_stages(self, device: torch.device) -> Expansion:
@@ -108,6 +109,7 @@ class Bond:
         smaller = (shape[0], inputs.classes, *shape[2:])
         mean = self.gradient == "mean"
         return Expansion(
+            self.ties[0].members[0].parameter,
             Stage(
                 Groups.inputs(),
                 inputs.labels,

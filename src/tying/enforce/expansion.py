@@ -63,7 +63,8 @@ class Stage(nn.Module):
         """Return the weight."""
         values = stored if self.source is None else self.source[0].read(stored)
         if self.scale is not None:
-            values = cast(Tensor, _ScaledGradient.apply(values, self.scale.to(values.dtype)))
+            held = values.detach()
+            values = held + (values - held) * self.scale.to(values.dtype)  # the same values, scaled gradients
         if self.labels is not None:
             index = self.labels.remainder(self.classes + 1)  # pruned groups read the zeros, which come last
             values = torch.cat([values, values.new_zeros(1, values.shape[1])]).index_select(0, index)
@@ -72,17 +73,8 @@ class Stage(nn.Module):
         return self.groups.write(values, self.shape)
 
     def inverse(self, weight: Tensor) -> Tensor:
-        """Return what to store for a weight: the mean of each label's groups, summed in float64.
-
-        Raises:
-            AssignmentError: If other weights hold values that this one has not.
-        """
+        """Return what to store for a complete weight: the mean of each label's groups, summed in float64."""
         matrix = self.groups.read(weight)
-        if not self.complete:
-            raise AssignmentError(
-                f"weight: expected one that holds all {self.classes} values of its tie, got one of "
-                f"{self.partition.classes}; set the stored values instead, or call untie_ first"
-            )
         if self.labels is None:
             values = matrix
         else:
@@ -99,10 +91,14 @@ class Stage(nn.Module):
 
 
 class Expansion(nn.Module):
-    """The parametrization: stored values → weight, through one stage or two (inputs, then outputs of what is left)."""
+    """The parametrization: stored values → weight, through one stage or two (inputs, then outputs of what is left).
 
-    def __init__(self, *stages: Stage) -> None:
+    `name` is the weight's, for errors.
+    """
+
+    def __init__(self, name: str, *stages: Stage) -> None:
         super().__init__()
+        self.name = name
         self.stages = nn.ModuleList(stages)
         self._writes: tuple[Tensor, int] | None = None
 
@@ -117,13 +113,13 @@ class Expansion(nn.Module):
             AssignmentError: If the weight that was returned the last time was written to, which changes nothing that is
                 stored.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or cast(Any, torch.jit).is_tracing():
             return self._expand(stored)
         if self._writes is not None and self._writes[0]._version != self._writes[1]:
             self._writes = None
             raise AssignmentError(
-                "weight: expected to be assigned (module.weight = …), as it is computed from what its tie stores, got "
-                "a write in place, which is lost; assign it, set the stored values, or untie_ before you write"
+                f"{self.name}: expected to be assigned (module.weight = …), as it is computed from what its tie "
+                "stores, got a write in place, which is lost; assign it, set the stored values, or untie_ before you write"
             )
         weight = self._expand(stored)
         self._writes = _writes_to(weight, stored)
@@ -131,7 +127,7 @@ class Expansion(nn.Module):
 
     def _expand(self, stored: Tensor) -> Tensor:
         # in inference mode a view of a parameter says that it requires a gradient, and has no function for it
-        weight = stored if torch.is_grad_enabled() else stored.detach()
+        weight = stored.detach() if torch.is_inference_mode_enabled() else stored
         for stage in reversed(self.each_stage()):
             weight = stage(weight)
         return weight
@@ -146,6 +142,11 @@ class Expansion(nn.Module):
             AssignmentError: If other weights hold values that this one has not.
         """
         for stage in self.each_stage():
+            if not stage.complete:
+                raise AssignmentError(
+                    f"{self.name}: expected a weight that holds all {stage.classes} values of its tie, got one of "
+                    f"{stage.partition.classes}; set the stored values instead, or call untie_ first"
+                )
             weight = stage.inverse(weight)
         return weight
 
@@ -163,22 +164,3 @@ def _writes_to(weight: Tensor, stored: Tensor) -> tuple[Tensor, int] | None:
     except RuntimeError:  # inside a transform of torch.func, or no storage: nobody initialises weights there
         return None
     return counter, counter._version
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a constant."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values: Tensor, scale: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return values.view_as(values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (scale,) = ctx.saved_tensors
-        return gradient * scale, None

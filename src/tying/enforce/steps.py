@@ -146,7 +146,8 @@ def _refuse_second_step(optimizer: Optimizer, bond: Bond) -> None:
         return
     if bond.stepped is not None:
         other, seen, version = bond.stepped[0](), bond.stepped[1](), bond.stepped[2]
-        if other is not None and other is not optimizer and seen is gradient and version == gradient._version:
+        # clipping writes once between two steps; zeroing and the next backward write at least twice
+        if other is not None and other is not optimizer and seen is gradient and gradient._version - version < 2:
             raise TieError(
                 f"optimizer: expected one step for the gradient of {_names(bond)}, which are one parameter, got a "
                 f"second one, by {type(optimizer).__name__} after {type(other).__name__}; let one optimizer have it: "
