@@ -119,18 +119,20 @@ class Expansion(nn.Module):
             self._writes = None
             raise AssignmentError(
                 f"{self.name}: expected to be assigned (module.weight = …), as it is computed from what its tie "
-                "stores, got a write in place, which is lost; assign it, set the stored values, or untie_ before you write"
+                "stores, got a write in place, which is lost; assign it, set the stored values, or untie_ first"
             )
+        if torch.is_inference_mode_enabled():
+            stored = (
+                stored.detach()
+            )  # a view of a parameter says there that it requires a gradient, and has no function
         weight = self._expand(stored)
         self._writes = _writes_to(weight, stored)
         return weight
 
     def _expand(self, stored: Tensor) -> Tensor:
-        # in inference mode a view of a parameter says that it requires a gradient, and has no function for it
-        weight = stored.detach() if torch.is_inference_mode_enabled() else stored
         for stage in reversed(self.each_stage()):
-            weight = stage(weight)
-        return weight
+            stored = stage(stored)
+        return stored
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_writes": None}
