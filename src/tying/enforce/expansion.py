@@ -121,11 +121,8 @@ class Expansion(nn.Module):
                 f"{self.name}: expected to be assigned (module.weight = …), as it is computed from what its tie "
                 "stores, got a write in place, which is lost; assign it, set the stored values, or untie_ first"
             )
-        if torch.is_inference_mode_enabled():
-            stored = (
-                stored.detach()
-            )  # a view of a parameter says there that it requires a gradient, and has no function
-        weight = self._expand(stored)
+        # without gradients a view of a parameter can still claim one, which hooks stumble over
+        weight = self._expand(stored if torch.is_grad_enabled() else stored.detach())
         self._writes = _writes_to(weight, stored)
         return weight
 
