@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from benchmarks.ties_cases import (
     tied,
     untied,
 )
-from tying.enforce import guard
 from tying.errors import TyingError
 from tying.plan import qualified
 
@@ -159,18 +159,16 @@ def _measured(operation: Operation, subject: Subject, progress: dict[str, int]) 
 @contextmanager
 def _mended() -> Iterator[list[object]]:
     """What the guard mended meanwhile."""
-    mend, repairs = guard.mend, list[object]()
-
-    def recorded(bonds: Any, **options: Any) -> Any:
-        found = mend(bonds, **options)
-        repairs.extend(found)
-        return found
-
-    guard.mend = recorded
+    repairs: list[object] = []
+    heard, log = logging.Handler(logging.INFO), logging.getLogger("tying.enforce.mend")
+    heard.emit = repairs.append
+    log.addHandler(heard)
+    log.setLevel(logging.INFO)
     try:
         yield repairs
     finally:
-        guard.mend = mend
+        log.removeHandler(heard)
+        log.setLevel(logging.NOTSET)
 
 
 def _after(

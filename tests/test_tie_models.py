@@ -2,108 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from tying.enforce import check, compact, retie_, shard_groups, tie_, unique_parameters, untie_
+from tied_models import CASES, INPUTS, OUTPUTS, WHOLE, pair, tie
+from tying.enforce import check, compact, tie_, unique_parameters, untie_
 from tying.enforce.tie import plan_of
-from tying.errors import PlanError, TieError
-from tying.groups import Groups
+from tying.errors import TieError
 from tying.measure import measure
 from tying.models import Models, by_name, parameters_of
-from tying.plan import Member, Partition, Tie, TiePlan
-
-WHOLE, INPUTS, OUTPUTS, FILTERS = Groups.whole(), Groups.inputs(), Groups.outputs(), Groups.filters()
-
-
-class Autoencoder(nn.Module):
-    def __init__(self, units: int = 3, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.encoder, self.decoder = nn.Linear(5, units), nn.Linear(units, 5)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(torch.tanh(self.encoder(x)))
-
-
-def seeded(*layers: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for layer in layers:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.reset_parameters()
-    return nn.Sequential(*layers).double()
-
-
-def pair() -> dict[str, nn.Module]:
-    return {"a": Autoencoder(3, 1), "b": Autoencoder(3, 2)}
-
-
-def tie(labels: list[int], *members: tuple[str, Groups]) -> Tie:
-    return Tie(tuple(Member(*member) for member in members), Partition(labels))
-
-
-CASES: dict[str, tuple[Callable[[], Models], TiePlan]] = {
-    "whole, two layers": (
-        lambda: seeded(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)),
-        TiePlan([tie([0, 0], ("0.weight", WHOLE), ("2.weight", WHOLE))]),
-    ),
-    "transposed": (
-        Autoencoder,
-        TiePlan([tie([0, 1, 2, 0, 1, 2], ("encoder.weight", OUTPUTS), ("decoder.weight", INPUTS))]),
-    ),
-    "transposed, in another order": (
-        Autoencoder,
-        TiePlan([tie([0, 1, 2, 2, 0, 1], ("encoder.weight", OUTPUTS), ("decoder.weight", INPUTS))]),
-    ),
-    "groups of two layers, some pruned": (
-        Autoencoder,
-        TiePlan([tie([0, 0, -1, 1, -1, 0], ("encoder.weight", OUTPUTS), ("decoder.weight", INPUTS))]),
-    ),
-    "two models, all": (
-        pair,
-        TiePlan(
-            [
-                tie([0, 0], (f"a.{name}", WHOLE), (f"b.{name}", WHOLE))
-                for name in ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-            ]
-        ),
-    ),
-    "three models": (
-        lambda: {**pair(), "c": Autoencoder(3, 3)},
-        TiePlan([tie([0, 0, 0], *((f"{m}.encoder.weight", WHOLE) for m in "abc"))]),
-    ),
-    "two models, transposed": (
-        pair,
-        TiePlan([tie([0, 1, 2, 0, 1, 2], ("b.decoder.weight", INPUTS), ("a.encoder.weight", OUTPUTS))]),
-    ),
-    "the first units of a wider layer": (
-        lambda: {"a": Autoencoder(2, 1), "b": Autoencoder(4, 2)},
-        TiePlan(
-            [
-                tie([0, 1, 0, 1, 2, 3], ("a.encoder.weight", OUTPUTS), ("b.encoder.weight", OUTPUTS)),
-                tie([0, 1, 0, 1, 2, 3], ("a.decoder.weight", INPUTS), ("b.decoder.weight", INPUTS)),
-            ]
-        ),
-    ),
-    "some units of each": (
-        pair,
-        TiePlan([tie([0, 1, 2, 3, 1, 4], ("a.encoder.bias", OUTPUTS), ("b.encoder.bias", OUTPUTS))]),
-    ),
-    "kernels of convolutions": (
-        lambda: seeded(nn.Conv2d(5, 2, 1), nn.Conv2d(2, 5, 1)),
-        TiePlan([tie([*range(10), *reversed(range(10))], ("0.weight", FILTERS), ("1.weight", FILTERS))]),
-    ),
-    "inside one weight, in two models": (
-        pair,
-        TiePlan([tie([0, 1, 0], ("a.encoder.weight", OUTPUTS)), tie([0, 0, 1], ("b.encoder.weight", OUTPUTS))]),
-    ),
-}
+from tying.plan import TiePlan
 
 
 def loss(models: Models) -> Tensor:
@@ -242,254 +151,6 @@ def test_weights_that_are_one_already_come_under_the_guard():
         model(torch.zeros(1, 5, dtype=torch.float64))
 
 
-# ---------------------------------------------------------------- broken, mended, refused
-
-
-def test_what_broke_is_told_and_mended_where_the_values_agree():
-    models = pair()
-    tie_(models, CASES["two models, all"][1])
-    stored = models["a"].encoder.weight
-    models["b"].encoder.weight = nn.Parameter(stored.detach().clone())
-    told = check(models)
-    assert not told
-    assert [(t.names, t.how) for t in told.ties if t.how != "holds"] == [
-        (("a.encoder.weight", "b.encoder.weight"), "can be mended")
-    ]
-    retie_(models)
-    assert check(models)
-    assert models["b"].encoder.weight is stored
-
-
-def test_what_differs_is_refused_with_both_values_and_nothing_changes():
-    models = pair()
-    tie_(models, CASES["two models, all"][1])
-    other = models["a"].encoder.weight.detach().clone()
-    other[1, 2] = 7.25
-    models["b"].encoder.weight = nn.Parameter(other)
-    models["b"].encoder.bias = nn.Parameter(models["a"].encoder.bias.detach().clone())
-    held = models["b"].encoder.bias
-    value = f"{models['a'].encoder.weight[1, 2].item():.6g}"
-    with pytest.raises(TieError, match=f"b.encoder.weight: expected the value of a.encoder.weight.*{value}, got 7.25"):
-        retie_(models)
-    with pytest.raises(TieError, match=r"b\.encoder\.weight"):
-        models["b"](torch.zeros(1, 5, dtype=torch.float64))
-    assert models["b"].encoder.bias is held
-    assert "broken" in str(check(models))
-
-
-def test_a_stored_weight_whose_shape_was_changed_is_told():
-    model = Autoencoder()
-    tie_(model, CASES["transposed"][1])
-    parametrize.remove_parametrizations(model.decoder, "weight")
-    # PyTorch wrote the decoder's shape into what both share: it is the encoder's, too
-    with pytest.raises(
-        TieError, match=r"encoder\.weight: expected what is stored for it, of shape \(3, 5\), got \(5, 3\)"
-    ):
-        model(torch.zeros(1, 5, dtype=torch.float64))
-
-
-def test_a_computed_weight_that_was_made_plain_is_computed_again_where_it_agrees():
-    model = Autoencoder()
-    tie_(model, CASES["transposed"][1])
-    agreeing = nn.Linear(3, 5).double()
-    with torch.no_grad():
-        agreeing.weight.copy_(model.encoder.weight.t())
-    model.decoder = agreeing
-    assert [t.how for t in check(model).ties] == ["can be mended"]
-    model(torch.zeros(1, 5, dtype=torch.float64))
-    assert check(model)
-    assert model.decoder.parametrizations.weight.original is model.encoder.weight
-
-
-def test_both_ends_copied_stay_tied_and_one_end_alone_is_not_trained():
-    models = pair()
-    tie_(models, CASES["two models, all"][1])
-    x = torch.ones(2, 5, dtype=torch.float64)
-    both = copy.deepcopy(models)
-    assert check(both)
-    both["a"](x).sum().backward()
-    assert both["b"].encoder.weight is both["a"].encoder.weight is not models["a"].encoder.weight
-    alone = copy.deepcopy(models["a"])
-    assert [t.how for t in check(alone).ties] == ["alone"] * 4
-    with torch.no_grad():
-        assert torch.equal(alone(x), models["a"](x))
-    with pytest.raises(TieError, match="expected to be trained together with b"):
-        alone(x)
-    untie_(alone)
-    alone(x).sum().backward()
-    assert check(models)
-
-
-def test_a_copy_alone_does_not_mind_ties_that_lie_in_another_model():
-    models = pair()
-    tie_(models, TiePlan([ENCODERS, tie([0, 0, 1, 2, 3], ("b.decoder.bias", OUTPUTS))]))
-    with torch.no_grad():
-        copy.deepcopy(models["a"])(torch.zeros(1, 5, dtype=torch.float64))
-
-
-def test_a_model_that_is_gone_leaves_the_other_in_peace():
-    models = pair()
-    tie_(models, CASES["two models, all"][1])
-    a = models.pop("a")
-    del models
-    a(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
-    assert check(a)
-    untie_(a)
-    assert not a._forward_pre_hooks
-
-
-def _frozen() -> Models:
-    models = pair()
-    models["b"].encoder.weight.requires_grad_(False)
-    return models
-
-
-def _single() -> Models:
-    models = pair()
-    models["b"].float()
-    return models
-
-
-def _elsewhere() -> Models:
-    models = pair()
-    models["b"].to("meta")
-    return models
-
-
-def _integers() -> Models:
-    models = pair()
-    for model in models.values():
-        model.encoder.weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.int64), requires_grad=False)
-    return models
-
-
-def _tied() -> Models:
-    models = pair()
-    tie_(models, TiePlan([ENCODERS]))
-    return models
-
-
-def _normed() -> Models:
-    models = pair()
-    nn.utils.parametrizations.weight_norm(models["b"].encoder)
-    return models
-
-
-def _recurrent() -> Models:
-    return {"a": nn.LSTM(5, 3), "b": nn.Linear(12, 5)}
-
-
-ENCODERS = tie([0, 0], ("a.encoder.weight", WHOLE), ("b.encoder.weight", WHOLE))
-REFUSED: dict[str, tuple[Callable[[], Models], list[Tie], str]] = {
-    "another shape": (
-        lambda: {"a": Autoencoder(3), "b": Autoencoder(4)},
-        [ENCODERS],
-        r"a\.encoder\.weight\[whole\] ~ b\.encoder\.weight\[whole\]: .* \[\(1, 15\), \(1, 20\)\]",
-    ),
-    "frozen": (_frozen, [ENCODERS], r"a\.encoder\.weight trained, b\.encoder\.weight frozen"),
-    "integers": (_integers, [ENCODERS], r"a\.encoder\.weight: expected a floating-point weight, got torch\.int64"),
-    "dtypes": (_single, [ENCODERS], r"a\.encoder\.weight torch\.float64, b\.encoder\.weight torch\.float32"),
-    "devices": (_elsewhere, [ENCODERS], r"a\.encoder\.weight cpu, b\.encoder\.weight meta"),
-    "missing": (
-        pair,
-        [tie([0, 0], ("a.encoder.weight", WHOLE), ("b.head.weight", WHOLE))],
-        r"b\.head\.weight: expected a parameter of the model, got none",
-    ),
-    "overlapping": (
-        pair,
-        [ENCODERS, tie([0, 1, 0], ("b.encoder.weight", OUTPUTS))],
-        r"b\.encoder\.weight: expected one tie, .* got \(a\.encoder.* and \(b\.encoder",
-    ),
-    "a cycle": (
-        lambda: {**pair(), "c": Autoencoder(3, 3)},
-        [
-            tie([0, 1, 2, 0, 1, 2], ("a.encoder.weight", OUTPUTS), ("b.encoder.weight", OUTPUTS)),
-            tie([0, 0], ("b.encoder.weight", WHOLE), ("c.encoder.weight", WHOLE)),
-            tie([*range(15), *range(15)], ("c.encoder.weight", FILTERS), ("a.encoder.weight", FILTERS)),
-        ],
-        r"a\.encoder\.weight: expected one tie",
-    ),
-    "with itself": (
-        lambda: nn.Linear(3, 3),
-        [tie([0, 1, 2, 0, 1, 2], ("weight", OUTPUTS), ("weight", INPUTS))],
-        r"weight: expected to be tied with other parameters, got a tie with itself",
-    ),
-    "tied already": (
-        _tied,
-        [ENCODERS],
-        r"a\.encoder\.weight: expected a weight that is not tied yet, got one tied with",
-    ),
-    "parametrized": (_normed, [ENCODERS], r"b\.encoder\.weight: expected a plain parameter"),
-    "recurrent": (
-        _recurrent,
-        [tie([*range(12), *range(12)], ("b.weight", INPUTS), ("a.weight_ih_l0", OUTPUTS))],
-        r"a\.weight_ih_l0: expected a layer that reads its weight at every call, got LSTM",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_tied_is_refused_by_name_and_nothing_changes(case):
-    build, ties, message = REFUSED[case]
-    models = build()
-    before = {name: (id(p), p.detach().clone()) for name, p in parameters_of(models).items()}
-    good = tie([0, 0, 1, 2, 1], ("a.decoder.bias", OUTPUTS))
-    with pytest.raises(PlanError, match=message):
-        tie_(models, TiePlan([*([good] if case not in ("with itself", "recurrent") else []), *ties]))
-    after = parameters_of(models)
-    assert list(after) == list(before)
-    assert all(id(after[name]) == i for name, (i, _) in before.items())
-    assert all(p.is_meta or torch.equal(after[name], p) for name, (_, p) in before.items())
-
-
-@pytest.mark.parametrize("models", [[nn.Linear(1, 1)], {"a.b": nn.Linear(1, 1)}, {"": nn.Linear(1, 1)}, {"a": 3}])
-def test_models_are_modules_by_name(models):
-    with pytest.raises(PlanError, match="models: expected"):
-        tie_(models, TiePlan([]))
-
-
-def test_one_model_under_two_names_is_refused():
-    model = nn.Linear(1, 1)
-    with pytest.raises(PlanError, match="got the same one as 'a' and as 'b'"):
-        tie_({"a": model, "b": model}, TiePlan([]))
-
-
-def test_an_interrupted_tie_is_undone(monkeypatch):
-    models = pair()
-    before = {name: (id(p), p.detach().clone()) for name, p in parameters_of(models).items()}
-    plan = TiePlan([ENCODERS, tie([0, 1, 2, 0, 1, 2], ("a.decoder.weight", INPUTS), ("b.decoder.weight", INPUTS))])
-    plan = plan + CASES["some units of each"][1]
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(parametrize, "register_parametrization", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tie_(models, plan)
-    after = parameters_of(models)
-    assert all(id(after[name]) == i and torch.equal(after[name], p) for name, (i, p) in before.items())
-    assert len(check(models).ties) == 0
-
-
-# ---------------------------------------------------------------- what is sharded together
-
-
-def test_blocks_that_share_a_parameter_are_sharded_together_and_with_the_root_where_it_shares():
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("one", "two", "three", "four", "head")})
-    model["three"].weight = model["one"].weight
-    model["head"].weight = model["four"].weight
-    blocks = [model[name] for name in ("one", "two", "three", "four")]
-    assert shard_groups(model, blocks) == [[model["one"], model["three"]], [model["two"]]]
-
-
-def test_blocks_must_lie_in_the_model_and_beside_each_other():
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(PlanError, match="inside another"):
-        shard_groups(model, [model[0], model[0][0]])
-    with pytest.raises(PlanError, match="not in it"):
-        shard_groups(model, [nn.Linear(2, 2)])
-
-
 # ---------------------------------------------------------------- what computed weights are for others
 
 
@@ -530,17 +191,53 @@ def test_steps_of_the_optimizer_are_no_lost_writes():
         optimizer.step()
 
 
+class Chain(nn.Module):
+    """Two layers in the middle that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.middle = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        for layer in self.middle:
+            x = torch.relu(layer(x))
+        return self.last(x)
+
+
 def test_shared_weights_may_change_their_shape_together():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).double()
-    tie_(model, TiePlan([tie([0, 0], ("0.weight", WHOLE), ("2.weight", WHOLE))]))
-    with torch.no_grad():
-        for parameter in (model[0].weight, model[2].weight, model[4].weight):
-            parameter[:, 3] = 0
-        for layer in (model[0], model[2]):
-            layer.weight[3] = 0
+    model = Chain()
+    tie_(model, TiePlan([tie([0, 0], ("middle.0.weight", WHOLE), ("middle.1.weight", WHOLE))]))
+    with torch.no_grad():  # a unit that is nothing anywhere
+        model.middle[0].weight[3] = model.middle[0].weight[:, 3] = model.last.weight[:, 3] = 0
+        for layer in (model.first, *model.middle):
             layer.bias[3] = 0
+        model.first.weight[3] = 0
     x = torch.randn(5, 4, dtype=torch.float64)
     small = compact(model, TiePlan([]), x)
-    assert check(small)
-    assert small[2].in_features == 4 or small[0].weight is small[2].weight
+    assert small.middle[0].weight is small.middle[1].weight
+    assert tuple(small.middle[0].weight.shape) == (5, 5)
     torch.testing.assert_close(small(x), model(x))
+    assert check(small)
+    assert plan_of(small) == plan_of(model)
+
+
+@pytest.mark.parametrize("gradient", ["sum", "mean"])
+def test_every_number_is_kept_bit_for_bit(gradient):
+    models = {name: nn.Linear(3, 2, bias=False) for name in "ab"}
+    odd = torch.tensor([[0.0, -0.0, torch.inf], [-torch.inf, 1e-42, 3.4e38]])
+    tie_(models, TiePlan([tie([0, 1, 0, 1], ("a.weight", OUTPUTS), ("b.weight", OUTPUTS))]), gradient=gradient)
+    for name, model in models.items():
+        model.load_state_dict({"weight": odd.clone()}, strict=False)
+        assert torch.equal(models[name].weight.view(torch.int32), odd.view(torch.int32))
+
+
+def test_complex_weights_keep_their_imaginary_part():
+    model = nn.Linear(4, 4, bias=False, dtype=torch.complex64)
+    before = model.weight.detach().clone()
+    tie_(model, TiePlan([tie([0, 0, 1, 1], ("weight", groups)) for groups in (INPUTS, OUTPUTS)]))
+    mean = before.reshape(2, 2, 2, 2).mean((1, 3)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    torch.testing.assert_close(model.weight.detach(), mean)

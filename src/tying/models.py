@@ -56,3 +56,22 @@ def parameters_of(models: Models) -> dict[str, nn.Parameter]:
         for prefix, model in by_name(models).items()
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
+
+
+def callable_parts(models: Models) -> dict[str, nn.Module]:
+    """Return the models by prefix, and in place of one that can't be called (`nn.ModuleDict`) its parts by theirs.
+
+    Example:
+        >>> list(callable_parts(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})))
+        ['a', 'b']
+    """
+    parts: dict[str, nn.Module] = {}
+    waiting = list(by_name(models).items())
+    while waiting:
+        prefix, module = waiting.pop(0)
+        container = type(module).forward is nn.Module.forward and not list(module.named_parameters(recurse=False))
+        if container and list(module.children()):
+            waiting[:0] = [(qualified(prefix, name), child) for name, child in module.named_children()]
+        else:
+            parts[prefix] = module
+    return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +15,6 @@ from torch.nn.utils import parametrize
 
 from tying.enforce.expansion import Expansion, Gradient, Stage
 from tying.groups import Groups
-from tying.models import Models, by_name
 from tying.plan import Member, Partition, Tie, qualified
 
 
@@ -46,7 +46,7 @@ class Place:
         return qualified(self.path, f"parametrizations.{self.leaf}.original") if self.expanded else self.key
 
 
-@dataclass
+@dataclass(eq=False)
 class Bond:
     """One tie in force, or two over the inputs and the outputs of one parameter."""
 
@@ -60,10 +60,10 @@ class Bond:
     places: tuple[Place, ...]
     shape: tuple[int, ...]
     """Of what is stored."""
-    loaded: tuple[str, int] | None = field(default=None, compare=False)
-    """Which model's state dict wrote the values last, and the version that the parameter had then."""
+    loaded: tuple[frozenset[str], int] | None = field(default=None, compare=False)
+    """Whose state dicts brought the values, one after another, and the version that the parameter had then."""
     stepped: Any = field(default=None, compare=False)
-    """Which optimizer used the gradient last, which gradient, and its version then; weakly."""
+    """Which optimizer has used the gradient, and which gradient; weakly. None once there is more of it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stepped": None}
@@ -155,11 +155,14 @@ class Bonds:
     def __init__(self, bonds: list[Bond]) -> None:
         self.bonds = bonds
         self.roots: dict[str, weakref.ref[nn.Module]] = {}
+        self.gone: set[str] = set()
+        """Models that were gone before this was copied: nobody misses them."""
 
     @property
     def absent(self) -> list[str]:
-        """The models that were never there: this is a copy of the others without them."""
-        return sorted({place.prefix for bond in self.bonds for place in bond.places} - set(self.roots))
+        """The models that were not copied with the others: this is a copy without them."""
+        named = {place.prefix for bond in self.bonds for place in bond.places}
+        return sorted(named - set(self.roots) - self.gone)
 
     def module_at(self, place: Place) -> nn.Module | None:
         """Return the module of a place, if its model is there and has one."""
@@ -179,10 +182,11 @@ class Bonds:
         return [place for place in bond.places if self.root(place.prefix) is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"bonds": self.bonds}
+        gone = {prefix for prefix in self.roots if self.root(prefix) is None}
+        return {"bonds": self.bonds, "gone": self.gone | gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.bonds, self.roots = state["bonds"], {}
+        self.bonds, self.gone, self.roots = state["bonds"], state["gone"], {}
 
 
 def install(module: nn.Module, place: Place, bond: Bond) -> None:
@@ -245,10 +249,10 @@ def renamed(tie: Tie, names: dict[str, str], shapes: tuple[tuple[int, ...], ...]
     return Tie(tuple(Member(names[m.parameter], m.groups) for m in members), partition)
 
 
-def places_by_parameter(models: Models) -> dict[int, list[tuple[str, str, str]]]:
+def places_by_parameter(roots: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str, str]]]:
     """Return where each parameter stands, by its id: the model's name, the module's path, the attribute."""
     places: dict[int, list[tuple[str, str, str]]] = {}
-    for prefix, root in by_name(models).items():
+    for prefix, root in roots.items():
         for path, module in root.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 places.setdefault(id(parameter), []).append((prefix, path, leaf))

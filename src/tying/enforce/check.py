@@ -30,12 +30,12 @@ class CheckedTie:
 
 @dataclass(frozen=True)
 class Checked:
-    """How all ties are; true if all hold."""
+    """How all ties are; true if there are some and all hold."""
 
     ties: tuple[CheckedTie, ...]
 
     def __bool__(self) -> bool:
-        return all(tie.how == "holds" for tie in self.ties)
+        return bool(self.ties) and all(tie.how == "holds" for tie in self.ties)
 
     def __str__(self) -> str:
         held = sum(tie.how == "holds" for tie in self.ties)
@@ -50,7 +50,7 @@ def check(models: Models) -> Checked:
         models: A model, or several by name.
 
     Returns:
-        One entry for each tie; true in an `if` where all hold; `print` shows those that don't.
+        One entry for each tie; in an `if` true where there are ties and all hold; `print` shows those that don't.
 
     Example:
         >>> import torch

@@ -15,36 +15,49 @@ from tying.errors import TieError
 from tying.plan import qualified
 
 
-def prepare(bonds: Bonds, model: str, state: dict[str, Tensor], prefix: str) -> list[Bond]:
-    """Check a state dict before it is loaded into one of the models; return the bonds for which it has values.
+def prepare(
+    bonds: Bonds, model: str, state: dict[str, Tensor], prefix: str, *, assign: bool
+) -> list[tuple[Bond, frozenset[str]]]:
+    """Check a state dict before it is loaded into one of the models.
 
     The checkpoint of a network that was not tied may have the plain weight where a computed one stands now: it is
-    translated, provided that it obeys the tie.
+    translated, provided that it obeys the tie. One that is to be assigned may have but one end of a tie: the other
+    takes it, too.
+
+    Returns:
+        The bonds for which it has values, with the models whose state dicts have then brought these values.
 
     Raises:
         TieError: If the state dict has different values for what is one value, or if another model's state dict has
             just brought others.
     """
-    arriving: list[Bond] = []
+    arriving: list[tuple[Bond, frozenset[str]]] = []
     for bond in bonds.bonds:
         own = [place for place in bond.places if place.prefix == model and bonds.module_at(place) is not None]
-        _refuse_other_labels(bonds, own, state, prefix)
+        if len(bond.ties[0].members) > 1:  # inside one parameter labels are loaded with the values
+            _refuse_other_labels(bonds, own, state, prefix)
         _translate(bonds, bond, own, state, prefix)
         given = [(place, state[prefix + place.state_key]) for place in own if prefix + place.state_key in state]
         for place, tensor in given[1:]:
             _refuse_difference(bond, given[0][0].name, given[0][1], place.name, tensor)
         if given:
-            _refuse_second_opinion(bond, model, *given[0])
-            arriving.append(bond)
+            before = _still_there(bond)
+            if before and model not in before:
+                first = next(other.name for other in bond.places if other.prefix in before)
+                _refuse_difference(bond, f"{first}, as loaded just before", bond.stored, *_named(given[0]))
+            arriving.append((bond, frozenset({model}) if model in before else before | {model}))
+            for place in own if assign else ():
+                state.setdefault(prefix + place.state_key, given[0][1])
     return arriving
 
 
-def _refuse_second_opinion(bond: Bond, model: str, place: Place, tensor: Tensor) -> None:
-    """Two models are loaded one after the other: the second must not overwrite what the first has brought."""
-    if bond.loaded is None or bond.loaded[0] == model or bond.loaded[1] != bond.stored._version:
-        return
-    first = next(other.name for other in bond.places if other.prefix == bond.loaded[0])
-    _refuse_difference(bond, f"{first}, as loaded just before", bond.stored, place.name, tensor)
+def _still_there(bond: Bond) -> frozenset[str]:
+    """The models whose state dicts have brought the values that are stored now."""
+    return bond.loaded[0] if bond.loaded is not None and bond.loaded[1] == bond.stored._version else frozenset()
+
+
+def _named(given: tuple[Place, Tensor]) -> tuple[str, Tensor]:
+    return given[0].name, given[1]
 
 
 def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got: Tensor) -> None:
@@ -57,8 +70,8 @@ def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got:
 
 
 def _refuse_other_labels(bonds: Bonds, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
-    """Labels inside one parameter are loaded with its values; between several they are the plan's."""
-    for place in own if len(own) and len(bonds_members(bonds, own[0])) > 1 else ():
+    """Labels between several parameters are the plan's."""
+    for place in own:
         for name, held in _buffers(bonds, place):
             given = state.get(prefix + name)
             if given is not None and not torch.equal(given.cpu(), held.cpu()):
@@ -66,11 +79,6 @@ def _refuse_other_labels(bonds: Bonds, own: Sequence[Place], state: dict[str, Te
                     f"{place.name}: expected a state dict with the labels of the tie in force, got others; untie_ the "
                     "models and tie_ them by the plan with which it was saved"
                 )
-
-
-def bonds_members(bonds: Bonds, place: Place) -> tuple[object, ...]:
-    """Return the members of the tie that a place belongs to."""
-    return next(bond.ties[0].members for bond in bonds.bonds if place in bond.places)
 
 
 def _buffers(bonds: Bonds, place: Place) -> list[tuple[str, Tensor]]:

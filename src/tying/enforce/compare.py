@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tying.errors import CompactError
+from tying.outputs import difference, random_like, same_random_numbers, tensors_in, tensors_inside
 
 _REMEDY = (
     "a size written in a forward, as in view(-1, 256), must be taken from the input or the weights; "
@@ -21,8 +21,7 @@ _REMEDY = (
 def check_equal(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
     """Raise unless both networks compute the same on the inputs and on random ones of another batch size.
 
-    The difference is the largest one between outputs, relative to the reference's largest output; NaN and infinite
-    outputs must stand at the same places.
+    `tying.outputs.difference` says relative to what; NaN and infinite outputs must stand at the same places.
 
     Args:
         reference: Float64, in evaluation mode.
@@ -36,11 +35,11 @@ def check_equal(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ..
     given = as_double(inputs)
     expected = run(reference, given)
     _check_same(reference, small, given, expected, tolerance)
-    other = random_like(given, len(given[0]) + 1 if given[0].dim() else 0)
+    other = tuple(random_like(given, len(given[0]) + 1 if given[0].dim() else 0))
     try:
         expected = _outputs(reference, other)
     except Exception:
-        other = random_like(given, len(given[0]) if given[0].dim() else 0)  # the model takes one batch size only
+        other = tuple(random_like(given))  # the model takes one batch size only
         expected = run(reference, other)
     _check_same(reference, small, other, expected, tolerance)
 
@@ -48,27 +47,6 @@ def check_equal(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ..
 def as_double(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the inputs, floating-point ones in float64."""
     return tuple(x.double() if x.is_floating_point() else x for x in inputs)
-
-
-def random_like(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
-    """Return random inputs, the same at every call: normal numbers; integers between the given ones' extremes.
-
-    Inputs whose first dimension is that of the first input get `batch` samples.
-    """
-    generator = torch.Generator().manual_seed(0)
-    result: list[Tensor] = []
-    for x in inputs:
-        batched = x.dim() > 0 and inputs[0].dim() > 0 and len(x) == len(inputs[0])
-        shape = (batch, *x.shape[1:]) if batched else tuple(x.shape)
-        if x.is_floating_point():
-            new = torch.randn(shape, generator=generator, dtype=torch.float64)
-        elif x.dtype == torch.bool:
-            new = torch.rand(shape, generator=generator) < 0.5
-        else:
-            low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
-            new = torch.randint(low, high + 1, shape, generator=generator)
-        result.append(new.to(x.device, x.dtype))
-    return tuple(result)
 
 
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -97,7 +75,7 @@ def _check_same(
         got = run(small, inputs)
     except CompactError as error:
         raise CompactError(f"{error}, once compacted; {_REMEDY}") from error
-    worst = _difference(expected, got)
+    worst = difference(expected, got)
     if not worst <= tolerance:
         found = "other shapes" if worst == float("inf") else f"{worst:.3g}"
         blamed = _first_to_differ(reference, small, inputs, tolerance)
@@ -107,35 +85,19 @@ def _check_same(
         )
 
 
-def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference between outputs relative to the largest expected one; inf where shapes differ."""
-    if [x.shape for x in expected] != [x.shape for x in got]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        a, b = a.to(torch.float64), b.to(torch.float64)
-        same = (a == b) | (a.isnan() & b.isnan())
-        if bool(same.all()):
-            continue
-        difference = float((a - b)[~same].abs().nan_to_num(nan=float("inf")).max())
-        finite = a[a.isfinite()]
-        worst = max(worst, difference / max(float(finite.abs().max()) if finite.numel() else 0.0, 1e-300))
-    return worst
-
-
 def _first_to_differ(reference: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> str:
     """The first module whose output has the same shape in both networks and other values; "" if there is none."""
     trace: list[list[tuple[str, list[Tensor]]]] = [[], []]
     for model, steps in zip((reference, small), trace, strict=True):
 
         def note(name: str, output: object, steps: list[tuple[str, list[Tensor]]] = steps) -> None:
-            steps.append((name, list(_flatten(output))))
+            steps.append((name, tensors_inside(output)))
 
         with _hooks(model, lambda _: None, note):
             _outputs(model, inputs)
     for (name, expected), (other, got) in zip(*trace, strict=False):
         alike = name == other and [x.shape for x in expected] == [x.shape for x in got]
-        if alike and not _difference(expected, got) <= tolerance:
+        if alike and not difference(expected, got) <= tolerance:
             return name
     return ""
 
@@ -143,28 +105,7 @@ def _first_to_differ(reference: nn.Module, small: nn.Module, inputs: tuple[Tenso
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     # A forward may draw random numbers: the same ones for both networks, and the user's generator stays as it is.
     with torch.no_grad(), same_random_numbers(model):
-        return [output.detach().clone() for output in _flatten(model(*inputs))]
-
-
-@contextmanager
-def same_random_numbers(model: nn.Module) -> Generator[None, None, None]:
-    """Draw the same random numbers at every entry; the generators of the CPU and the model's GPUs stay as they are."""
-    gpus = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=gpus):
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus)):
-            generator.manual_seed(0)
-        yield
-
-
-def _flatten(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for key in output:
-            yield from _flatten(cast(Any, output[key]))
-    elif isinstance(output, (tuple, list)):
-        for part in cast("Sequence[Any]", output):
-            yield from _flatten(part)
+        return [output.detach().clone() for output in tensors_in(model(*inputs))]
 
 
 @contextmanager

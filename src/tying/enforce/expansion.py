@@ -29,7 +29,7 @@ class Stage(nn.Module):
     """
 
     labels: Tensor | None
-    scale: Tensor | None
+    sizes: Tensor | None
 
     def __init__(
         self,
@@ -46,8 +46,7 @@ class Stage(nn.Module):
         self.groups, self.classes, self.shape, self.source = groups, classes, shape, source
         in_order = source is not None and np.array_equal(labels, np.arange(classes))
         self.register_buffer("labels", None if in_order else torch.tensor(labels, device=device))
-        scale = None if sizes is None else torch.tensor(1 / np.maximum(sizes, 1), device=device)[:, None]
-        self.register_buffer("scale", scale)
+        self.register_buffer("sizes", None if sizes is None else torch.tensor(np.maximum(sizes, 1), device=device))
 
     @property
     def partition(self) -> Partition:
@@ -62,9 +61,8 @@ class Stage(nn.Module):
     def forward(self, stored: Tensor) -> Tensor:
         """Return the weight."""
         values = stored if self.source is None else self.source[0].read(stored)
-        if self.scale is not None:
-            held = values.detach()
-            values = held + (values - held) * self.scale.to(values.dtype)  # the same values, scaled gradients
+        if self.sizes is not None:
+            values = _divide_gradient(values, self.sizes[:, None])
         if self.labels is not None:
             index = self.labels.remainder(self.classes + 1)  # pruned groups read the zeros, which come last
             values = torch.cat([values, values.new_zeros(1, values.shape[1])]).index_select(0, index)
@@ -76,10 +74,11 @@ class Stage(nn.Module):
         """Return what to store for a complete weight: the mean of each label's groups, summed in float64."""
         matrix = self.groups.read(weight)
         if self.labels is None:
-            values = matrix
+            values = matrix.clone()  # what is assigned stays the user's
         else:
             kept = self.labels >= 0
-            summed = torch.zeros(self.classes, matrix.shape[1], dtype=torch.float64, device=matrix.device)
+            wide = torch.promote_types(matrix.dtype, torch.float64)
+            summed = torch.zeros(self.classes, matrix.shape[1], dtype=wide, device=matrix.device)
             summed.index_add_(0, self.labels[kept], matrix[kept].to(summed.dtype))
             counts = torch.bincount(self.labels[kept], minlength=self.classes)
             values = (summed / counts[:, None]).to(matrix.dtype)
@@ -163,3 +162,30 @@ def _writes_to(weight: Tensor, stored: Tensor) -> tuple[Tensor, int] | None:
     except RuntimeError:  # inside a transform of torch.func, or no storage: nobody initialises weights there
         return None
     return counter, counter._version
+
+
+def _divide_gradient(values: Tensor, sizes: Tensor) -> Tensor:
+    """The same values, whose gradients are divided."""
+    if torch.compiler.is_compiling():  # which warns of functions of one's own
+        held = values.detach()
+        return held + (values - held) / sizes.to(values.dtype)
+    return cast(Tensor, _DividedGradient.apply(values, sizes))
+
+
+class _DividedGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, sizes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (sizes,) = ctx.saved_tensors
+        return gradient / sizes.to(gradient.dtype), None

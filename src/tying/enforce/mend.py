@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +13,8 @@ from tying.enforce.bonds import Bond, Bonds, Place, chain_at, install, is_expans
 from tying.enforce.difference import REMEDY, alike, difference
 from tying.enforce.steps import changed, kept, released
 from tying.errors import TieError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class Diagnosis:
         return self.problem is None and (whole or self.functional)
 
 
-def mend(bonds: Bonds, *, assigned: bool = False) -> list[Diagnosis]:
-    """Mend every bond, or none; return what was broken. `assigned` as for `diagnose`.
+def mend(bonds: Bonds, *, assigned: bool = False) -> bool:
+    """Mend every bond, or none; what was mended is logged. `assigned` as for `diagnose`.
+
+    Returns:
+        Whether tensors stand in for a while, so that nothing is to be remembered.
 
     Raises:
         TieError: Names the places whose values differ, with both values.
@@ -54,7 +60,9 @@ def mend(bonds: Bonds, *, assigned: bool = False) -> list[Diagnosis]:
             raise TieError(diagnosis.problem)
     for diagnosis in diagnoses:
         _store(diagnosis, bonds, assigned)
-    return [diagnosis for diagnosis in diagnoses if not diagnosis.holds]
+        if not diagnosis.holds:
+            _log.info("%s: stored once again", ", ".join(found.place.name for found in diagnosis.found))
+    return any(diagnosis.functional for diagnosis in diagnoses)
 
 
 def diagnose(bonds: Bonds, bond: Bond, *, assigned: bool = False) -> Diagnosis:
@@ -108,7 +116,7 @@ def _apart_in_one_model(found: list[Found]) -> str | None:
             if one.place.prefix == other.place.prefix and one.tensor is not other.tensor:
                 return (
                     f"{other.place.name}: expected the tensor that stands in for {one.place.name}, to which it is "
-                    "tied, got another; pass the same tensor for both, or one only"
+                    "tied, got another; pass the same tensor for both"
                 )
     return None
 
@@ -154,6 +162,11 @@ def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
         if not other.installed:
             with torch.no_grad():
                 expected = bond.expansion(other.place.member, expected.device).to(expected.device)(expected)
+            if other.tensor.grad is not None:
+                return (
+                    f"{other.place.name}: expected no gradient of a weight that is to be computed again, got one; call "
+                    "zero_grad first"
+                )
         told = difference(reference.place.name, expected, other.place.name, other.tensor)
         if told is not None:
             return told
@@ -181,6 +194,8 @@ def _store(diagnosis: Diagnosis, bonds: Bonds, assigned: bool) -> None:
                 bond.stored.copy_(reference.tensor)
     kept(bond.stored)
     for place, tensor, installed in ((f.place, f.tensor, f.installed) for f in found):
+        if installed and tensor is not bond.stored and tensor.grad is not None:
+            bond.stored.grad = tensor.grad if bond.stored.grad is None else bond.stored.grad + tensor.grad
         module = cast(nn.Module, bonds.module_at(place))
         if not installed:
             install(module, place, bond)

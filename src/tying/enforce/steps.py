@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class _Known:
     """What an optimizer holds, as of a generation."""
 
     generation: int
-    count: int
+    parameters: tuple[int, ...]
     guards: list[weakref.ref[Guarded]] = field(default_factory=list["weakref.ref[Guarded]"])
     stepped: list[Bond] = field(default_factory=list["Bond"])
 
@@ -51,6 +52,7 @@ class _Known:
 _guards: weakref.WeakSet[Guarded] = weakref.WeakSet()
 _released: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
+_watched: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _generations = itertools.count()
 _generation = next(_generations)
 _hook: object = None
@@ -71,9 +73,9 @@ def changed() -> None:
     _generation = next(_generations)
 
 
-def released(parameter: Tensor, name: str) -> None:
-    """Remember a parameter that no model has any more."""
-    _released[parameter] = name
+def released(parameter: Tensor, name: str, *, may_return: bool = False) -> None:
+    """Remember a parameter that no model has any more, or that may be put into one again."""
+    _released[parameter] = (name, may_return)
     changed()
 
 
@@ -82,7 +84,7 @@ def kept(parameter: Tensor) -> None:
     _released.pop(parameter, None)
 
 
-def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
     for reference in _look(optimizer).guards:
@@ -91,8 +93,9 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if not guard.intact():
                 guard.examine()
             guard.refuse_training()
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
     for bond in _look(optimizer).stepped:  # which mending may have changed
-        _refuse_second_step(optimizer, bond)
+        _refuse_second_step(optimizer, bond, recomputed=closure is not None)
 
 
 def _look(optimizer: Optimizer) -> _Known:
@@ -101,20 +104,21 @@ def _look(optimizer: Optimizer) -> _Known:
     Raises:
         TieError: If it holds a parameter that was released, or one that is tied twice.
     """
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    known = _known.get(optimizer)
-    if known is not None and (known.generation, known.count) == (_generation, count):
-        return known
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = tuple(map(id, parameters))
+    known = _known.get(optimizer)
+    if known is not None and (known.generation, known.parameters) == (_generation, ids):
+        return known
     for parameter in parameters:
-        if parameter in _released:
+        name, may_return = _released[parameter] if parameter in _released else (None, False)
+        if name is not None and not (may_return and _in_use(parameter)):
             raise TieError(
                 f"optimizer: expected one made after parameters were tied, untied or replaced, got a "
-                f"{type(optimizer).__name__} with the former parameter of {_released[parameter]}; make it anew from "
+                f"{type(optimizer).__name__} with the former parameter of {name}; make it anew from "
                 "tying.unique_parameters(models)"
             )
-    held = Counter(map(id, parameters))
-    known = _Known(_generation, count)
+    held = Counter(ids)
+    known = _Known(_generation, ids)
     bonds: dict[int, Bond] = {}
     for guard in list(_guards):
         if any(id(tensor) in held for tensor in _tensors(guard)):
@@ -126,9 +130,16 @@ def _look(optimizer: Optimizer) -> _Known:
                 f"optimizer: expected {_names(bond)} once, as they are one parameter, got it {held[id(bond.stored)]} "
                 "times; make the optimizer from tying.unique_parameters(models)"
             )
+        _watch_gradient(bond)
     known.stepped = list(bonds.values())
     _known[optimizer] = known
     return known
+
+
+def _in_use(parameter: Tensor) -> bool:
+    """Whether a module has taken a released parameter back; slow, and asked only before an error."""
+    held = (vars(each).get("_parameters", {}) for each in gc.get_objects() if issubclass(type(each), nn.Module))
+    return any(p is parameter for parameters in held for p in parameters.values())
 
 
 def _tensors(guard: Guarded) -> Iterable[Tensor]:
@@ -140,20 +151,34 @@ def _tensors(guard: Guarded) -> Iterable[Tensor]:
             yield from module.parameters() if isinstance(module, nn.Module) else ()
 
 
-def _refuse_second_step(optimizer: Optimizer, bond: Bond) -> None:
+def _watch_gradient(bond: Bond) -> None:
+    """Forget who stepped as soon as another backward adds to the gradient."""
+    if bond.stored in _watched or not (bond.stored.is_leaf and bond.stored.requires_grad):
+        return
+    known = weakref.ref(bond)
+
+    def accumulated(_: Tensor) -> None:
+        there = known()
+        if there is not None:
+            there.stepped = None
+
+    bond.stored.register_post_accumulate_grad_hook(accumulated)
+    _watched[bond.stored] = True
+
+
+def _refuse_second_step(optimizer: Optimizer, bond: Bond, *, recomputed: bool) -> None:
     gradient = bond.stored.grad
-    if gradient is None:
+    if gradient is None or recomputed:
         return
     if bond.stepped is not None:
-        other, seen, version = bond.stepped[0](), bond.stepped[1](), bond.stepped[2]
-        # clipping writes once between two steps; zeroing and the next backward write at least twice
-        if other is not None and other is not optimizer and seen is gradient and gradient._version - version < 2:
+        other, seen = bond.stepped[0](), bond.stepped[1]()
+        if other is not None and other is not optimizer and seen is gradient and bool(gradient.any()):
             raise TieError(
                 f"optimizer: expected one step for the gradient of {_names(bond)}, which are one parameter, got a "
                 f"second one, by {type(optimizer).__name__} after {type(other).__name__}; let one optimizer have it: "
                 "tying.unique_parameters(models)"
             )
-    bond.stepped = (weakref.ref(optimizer), TensorWeakRef(gradient), gradient._version)
+    bond.stepped = (weakref.ref(optimizer), TensorWeakRef(gradient))
 
 
 def _names(bond: Bond) -> str:

@@ -8,6 +8,7 @@ from typing import cast, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tying.enforce.bonds import (
@@ -27,7 +28,7 @@ from tying.enforce.expansion import Gradient
 from tying.enforce.guard import Guard, bonds_of, guards_of
 from tying.enforce.steps import changed, kept, released
 from tying.errors import PlanError
-from tying.models import Models, by_name, parameters_of
+from tying.models import Models, by_name, callable_parts, parameters_of
 from tying.plan import Tie, TiePlan, qualified
 
 
@@ -42,10 +43,14 @@ def tie_(models: Models, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
     A value starts as the mean of its groups, in the weights' dtype.
 
     Make optimizers afterwards, from `unique_parameters(models)`: one that holds a parameter that was released, or a
-    gradient that another one has just used, is stopped at its step. From now on a guard looks at every forward,
-    `load_state_dict` and optimizer step whether the ties hold: what broke is mended where the values agree, else
-    a `TieError` says where and how. A copy of one of several tied models alone computes under `torch.no_grad()`, and is
-    not trained. `check` tells how the ties are; the inverse is `untie_`.
+    gradient that another one has just used, is stopped at its step. From now on a guard looks at every forward and
+    `load_state_dict` of each model, and at the steps of optimizers, whether the ties hold: what broke is mended where
+    the values agree, else a `TieError` says where and how. A copy of one of several tied models alone computes under
+    `torch.no_grad()`, and is not trained. `check` tells how the ties are; the inverse is `untie_`.
+
+    What the guard can't see: parts of a model that are called, loaded or copied by themselves (their next optimizer
+    step it does see); `module.weight.data = …` where the weight is computed (other writes in place are told at the next
+    read); modules outside of `models` that share a weight with them: name all models that share.
 
     Computed weights keep the dense cost of every forward; `compact` is what makes a network smaller and faster.
 
@@ -76,20 +81,19 @@ def tie_(models: Models, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
         raise PlanError(f"gradient: expected 'sum' or 'mean', got {gradient!r}; pass one of the two")
     parameters = parameters_of(models)
     _refuse_parametrized(models, plan, parameters)
+    _refuse_without_shape(plan, parameters)
     plan.check_fits(parameters)
     _refuse_tied_already(models, plan, parameters)
-    places, roots = places_by_parameter(models), by_name(models)
-    modules = {(prefix, path): module for prefix, root in roots.items() for path, module in root.named_modules()}
-    built = [_built(ties, parameters, places, modules, gradient) for ties in _by_parameters(plan, parameters)]
+    roots = callable_parts(models)
+    places = places_by_parameter(roots)
+    built = [_built(ties, parameters, places, gradient) for ties in _by_parameters(plan, parameters)]
     if not built:
         return
     bonds = Bonds([bond for bond, _ in built])
-    used = sorted({place.prefix for bond, _ in built for place in bond.places})
-    guards = [Guard(bonds, prefix, roots[prefix]) for prefix in used]
-    _put_in_force(bonds, [values for _, values in built])
-    for guard in guards:
-        guard.attach(roots[guard.prefix])
-        guard.examine()
+    guards = [Guard(bonds, prefix, roots[prefix]) for prefix in sorted({p.prefix for b, _ in built for p in b.places})]
+    for place in (place for bond, _ in built for place in bond.places):
+        _refuse_list(place, cast(nn.Module, bonds.module_at(place)))
+    _put_in_force(bonds, [values for _, values in built], guards)
 
 
 def untie_(models: Models) -> None:
@@ -114,17 +118,18 @@ def untie_(models: Models) -> None:
                 f"{place.key}: expected the tie to be its only parametrization, got others on top of it; "
                 "remove them first (torch.nn.utils.parametrize.remove_parametrizations takes all, the tie with them)"
             )
-    given: dict[tuple[int, int], nn.Parameter] = {}
+    own: dict[tuple[int, int], nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, Place, Bond]] = []
     for bonds, bond, place in taken:
         module = bonds.module_at(place)
-        if module is None or not _has_own(module, place, bond):
-            continue  # the tie is broken there already
-        weight = cast(Tensor, getattr(module, place.leaf))
-        own = given.setdefault(
-            (id(bond), place.member), nn.Parameter(weight.detach().clone(), bond.stored.requires_grad)
-        )
-        replace(module, place.leaf, own)
-        released(bond.stored, place.name)
+        if module is not None and _has_own(module, place, bond):  # else the tie is broken there already
+            replaced.append((module, place, bond))
+            if (id(bond), place.member) not in own:
+                weight = cast(Tensor, getattr(module, place.leaf)).detach().clone()
+                own[id(bond), place.member] = nn.Parameter(weight, bond.stored.requires_grad)
+    for module, place, bond in replaced:
+        replace(module, place.leaf, own[id(bond), place.member])
+        released(bond.stored, place.name, may_return=True)
     for guard in _all_guards(each, models):
         guard.detach()
     changed()
@@ -191,15 +196,15 @@ def _by_parameters(plan: TiePlan, parameters: dict[str, nn.Parameter]) -> list[t
         for member in tie.members:
             over.setdefault(id(parameters[member.parameter]), []).append(tie)
     result: dict[int, tuple[Tie, ...]] = {}
-    for ties in over.values():
+    for key, ties in over.items():
         distinct = list({id(t): t for t in ties}.values())
         kinds = sorted(tie.members[0].groups.kind for tie in distinct)
         if len(distinct) > 1 and (kinds != ["inputs", "outputs"] or any(len(tie.members) > 1 for tie in distinct)):
-            names = dict.fromkeys(m.parameter for tie in distinct for m in tie.members)
-            shared = next(n for n in names if sum(n in (m.parameter for m in tie.members) for tie in distinct) > 1)
+            shared = (m.parameter for tie in distinct for m in tie.members if id(parameters[m.parameter]) == key)
+            both = " and ".join(f"({tie})" for tie in distinct)
             raise PlanError(
-                f"{shared}: expected one tie, or one over inputs and one over outputs of this parameter alone, got "
-                f"{' and '.join(f'({tie})' for tie in distinct)}; merge their labels into one tie"
+                f"{', '.join(dict.fromkeys(shared))}: expected one tie, or one over inputs and one over outputs of "
+                f"this parameter alone, got {both}; merge their labels into one tie"
             )
         result[id(distinct[0])] = tuple(sorted(distinct, key=lambda tie: tie.members[0].groups.kind))
     return list(result.values())
@@ -235,7 +240,6 @@ def _built(
     ties: tuple[Tie, ...],
     parameters: dict[str, nn.Parameter],
     places: dict[int, list[tuple[str, str, str]]],
-    modules: dict[tuple[str, str], nn.Module],
     gradient: Gradient,
 ) -> tuple[Bond, Tensor]:
     """Return a bond, and the values it is to store; nothing is changed."""
@@ -249,7 +253,6 @@ def _built(
     everywhere = tuple(
         Place(*at, i, not plain[i]) for i, parameter in _first_of_each(members) for at in places[id(parameter)]
     )
-    _refuse_lists(tie, everywhere, modules)
     bond = Bond(ties, gradient, shapes, home, cast(nn.Parameter, stored), everywhere, ())
     values = _start(bond, parameters)
     bond.shape = tuple(values.shape)
@@ -266,15 +269,19 @@ def _first_of_each(members: Sequence[nn.Parameter]) -> list[tuple[int, nn.Parame
     return [(i, members[i]) for i in first.values()]
 
 
-def _refuse_lists(tie: Tie, places: Sequence[Place], module_at: dict[tuple[str, str], nn.Module]) -> None:
+def _refuse_list(place: Place, module: nn.Module) -> None:
     """Raise `PlanError` where a module keeps references of its own to a weight that is to be computed."""
-    for place in places:
-        module = module_at[place.prefix, place.path]
-        if place.expanded and isinstance(module, nn.RNNBase):
-            raise PlanError(
-                f"{place.name}: expected a layer that reads its weight at every call, got {type(module).__name__}, "
-                f"which keeps a list of its weights; leave it out of the plan ({tie})"
-            )
+    if place.expanded and isinstance(module, nn.RNNBase):
+        raise PlanError(
+            f"{place.name}: expected a layer that reads its weight at every call, got {type(module).__name__}, which "
+            "keeps a list of its weights; leave it out of the plan"
+        )
+
+
+def _refuse_without_shape(plan: TiePlan, parameters: dict[str, nn.Parameter]) -> None:
+    for name in (member.parameter for tie in plan for member in tie.members):
+        if name in parameters and is_lazy(parameters[name]):
+            raise PlanError(f"{name}: expected a weight with a shape, got a lazy one; run the model once first")
 
 
 def _home(tie: Tie, shapes: tuple[tuple[int, ...], ...]) -> int | None:
@@ -301,7 +308,8 @@ def _start(bond: Bond, parameters: dict[str, nn.Parameter]) -> Tensor:
     with torch.no_grad():
         if len(bond.ties) == 2:
             weight = parameters[tie.members[0].parameter]
-            return bond.expansion(0, weight.device).right_inverse(weight.double()).to(weight.dtype)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float64))
+            return bond.expansion(0, weight.device).right_inverse(wide).to(weight.dtype)
         matrix = tie.matrix(parameters)
         if bond.home is None:
             return tie.partition.mean(matrix)
@@ -318,10 +326,14 @@ def _refuse_unlike(tie: Tie, parameters: dict[str, nn.Parameter]) -> None:
             raise PlanError(
                 f"{name}: expected a floating-point weight, got {parameter.dtype}; leave it out of the plan"
             )
-        if names.count(name) > 1:
-            raise PlanError(
-                f"{name}: expected to be tied with other parameters, got a tie with itself ({tie}); drop it"
-            )
+    labels = split_labels(tie, tuple(tuple(p.shape) for p in each))
+    for i, member in enumerate(tie.members):
+        for j, other in enumerate(tie.members[:i]):
+            alike = member.groups == other.groups and np.array_equal(labels[i], labels[j])
+            if each[i] is each[j] and (names[i] == names[j] or not alike):
+                raise PlanError(
+                    f"{other} ~ {member}: expected different parameters, got a tie of one with itself ({tie}); drop it"
+                )
     traits = {
         "of one dtype": [str(p.dtype) for p in each],
         "on one device": [str(p.device) for p in each],
@@ -333,28 +345,38 @@ def _refuse_unlike(tie: Tie, parameters: dict[str, nn.Parameter]) -> None:
             raise PlanError(f"{' ~ '.join(names)}: expected weights {what}, got {shown}; make them alike first")
 
 
-def _put_in_force(bonds: Bonds, values: Sequence[Tensor]) -> None:
-    """Install every bond; if that fails, put every module's own parameter back."""
+def _put_in_force(bonds: Bonds, values: Sequence[Tensor], guards: Sequence[Guard]) -> None:
+    """Install every bond and its guards; if that fails, put every module's own parameter and its values back."""
     done: list[tuple[nn.Module, Place, nn.Parameter]] = []
+    before = [(bond.stored, bond.stored.detach().clone()) for bond in bonds.bonds if bond.home is not None]
     installed: set[tuple[int, str]] = set()
     try:
-        for bond in bonds.bonds:
+        for bond, start in zip(bonds.bonds, values, strict=True):
             for place in bond.places:
                 module = cast(nn.Module, bonds.module_at(place))
                 if (id(module), place.leaf) not in installed:
                     installed.add((id(module), place.leaf))
                     done.append((module, place, cast(nn.Parameter, getattr(module, place.leaf))))
                     install(module, place, bond)
+            with torch.no_grad():
+                bond.stored.copy_(start)
+        for guard in guards:
+            guard.attach(cast(nn.Module, bonds.root(guard.prefix)))
+            guard.examine()
     except BaseException:
+        for guard in guards:
+            guard.detach()
         for module, place, own in done:
             if getattr(module, place.leaf, None) is not own:
                 replace(module, place.leaf, own)
+        for stored, value in before:
+            if not torch.equal(stored, value):
+                with torch.no_grad():
+                    stored.copy_(value)
         raise
-    for bond, start in zip(bonds.bonds, values, strict=True):
-        with torch.no_grad():
-            bond.stored.copy_(start)
-        kept(bond.stored)
     stored = {id(bond.stored) for bond in bonds.bonds}
+    for bond in bonds.bonds:
+        kept(bond.stored)
     for _, place, own in done:
         if id(own) not in stored:
-            released(own, place.name)
+            released(own, place.name, may_return=True)
