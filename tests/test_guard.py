@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from benchmarks.ties_cases import KINDS, Column, Kind, Reference, apart, data, off, plan_of, tied, untied
-from benchmarks.ties_gradients import CASES, compile_by, difference, eager
-from benchmarks.ties_libraries import LIBRARIES
-from benchmarks.ties_operations import OPERATIONS
-from benchmarks.ties_verdict import Operation, judge
+from benchmarks.ties.cases import KINDS, Column, Kind, Reference, apart, data, off, plan_of, tied, untied
+from benchmarks.ties.gradients import CASES, compile_by, difference, eager
+from benchmarks.ties.libraries import LIBRARIES
+from benchmarks.ties.operations import OPERATIONS
+from benchmarks.ties.verdict import Operation, judge
 from torch import nn
 
 from tying.enforce.tie import tie_, untie_
@@ -29,7 +29,7 @@ CLEAR = (
     "you can only change requires_grad flags of leaf variables",
     "cannot assign 'torch.DoubleTensor' object to parameter 'weight_orig'",
     "attribute 'weight' already exists",
-    "KeyError: 'weight'",
+    "KeyError: 'weight'",  # not clear, but before anything is changed: the old weight_norm looks for a parameter
     "Error(s) in loading state_dict",
     "Some tensors share memory",
     "Inplace update to inference tensor outside InferenceMode is not allowed",
@@ -48,8 +48,12 @@ def law_never_silent(operation: Operation, kind: Kind, column: Column = "ours") 
         assert cell.named if cell.by == "tying" else any(words in cell.said for words in CLEAR), cell
 
 
-NOT_SEEN = {("weight.data = … at one name", kind) for kind in ("inside", "transposed")}
-"""A computed weight is new at every read, and PyTorch tells nobody that its memory was exchanged."""
+NOT_SEEN = {
+    ("weight.data = … at one name", "inside"),
+    ("weight.data = … at one name", "transposed"),
+    ("weight.data.copy_(…) at one name", "inside"),
+}
+"""A computed weight is new at every read, and PyTorch tells nobody what is done to its `data`."""
 
 
 def _case(operation: Operation, kind: Kind):

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from benchmarks import ties_processes
-from benchmarks.ties_cases import Column, Kind, Subject
-from benchmarks.ties_gradients import CASES, difference
-from benchmarks.ties_processes import Spread, gathered, judge_together
+from benchmarks.ties import processes
+from benchmarks.ties.cases import Column, Kind, Subject
+from benchmarks.ties.gradients import CASES, difference
+from benchmarks.ties.processes import Spread, gathered, judge_together
 
 from distributed.laws import expect
 from tying.enforce.tie import tie_
 
 FEW = ("transposed", "whole, models")
-WAYS: dict[str, Spread] = {"DDP": ties_processes.ddp, "FSDP2": ties_processes.fsdp_per_block}
+WAYS: dict[str, Spread] = {"DDP": processes.ddp, "FSDP2": processes.fsdp_per_block}
 
 
 def law_gradient(way: str, folder: Path, verb: Callable[..., None] = tie_, cases: Iterable[str] = CASES) -> None:
@@ -53,12 +53,12 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
             partial(law_gradient, way, folder, _other_gradient, FEW),
         )
         yield f"broken: gradient of ties, {way}, ends by themselves", partial(law_gradient, way, folder, _not_tied, FEW)
-    for name, (spread, kinds, _) in ties_processes.ROWS.items():
+    for name, (spread, kinds, _) in processes.ROWS.items():
         for kind in kinds:
             refused = kind in REFUSED.get(name, ())
             yield f"ties, {name}: {kind}", partial(law_refused if refused else law_kept, spread, kind, folder)
     for name, kind, column in BY_HAND:
-        spread = ties_processes.ROWS[name][0]
+        spread = processes.ROWS[name][0]
         yield f"broken: ties by hand, {name}: {kind}", partial(law_kept, spread, kind, folder, column)
     yield "broken: ties, nothing is averaged", partial(law_kept, _each_by_itself, "layers", folder)
 

@@ -110,8 +110,10 @@ def _look(optimizer: Optimizer) -> _Known:
     if known is not None and (known.generation, known.parameters) == (_generation, ids):
         return known
     for parameter in parameters:
-        name, may_return = _released[parameter] if parameter in _released else (None, False)
-        if name is not None and not (may_return and _in_use(parameter)):
+        if parameter not in _released:
+            continue
+        name, may_return = _released[parameter]
+        if not (may_return and _in_use(parameter)):
             raise TieError(
                 f"optimizer: expected one made after parameters were tied, untied or replaced, got a "
                 f"{type(optimizer).__name__} with the former parameter of {name}; make it anew from "

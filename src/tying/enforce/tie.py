@@ -71,6 +71,7 @@ def tie_(models: Models, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
         >>> tie_(models, match(models))
         >>> models["a"].weight is models["b"].weight
         True
+        >>> from tying.enforce.unique import unique_parameters
         >>> [tuple(p.shape) for p in unique_parameters(models)]
         [(3, 4), (3,)]
         >>> untie_(models)

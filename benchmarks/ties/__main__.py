@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import ties_cost, ties_gradients, ties_processes
 from benchmarks.record import record
-from benchmarks.ties_cases import COLUMNS, KINDS
-from benchmarks.ties_libraries import LIBRARIES
-from benchmarks.ties_operations import OPERATIONS
-from benchmarks.ties_verdict import judge
+from benchmarks.ties import cost as guard_cost
+from benchmarks.ties import gradients as tie_gradients
+from benchmarks.ties import processes
+from benchmarks.ties.cases import COLUMNS, KINDS
+from benchmarks.ties.libraries import LIBRARIES
+from benchmarks.ties.operations import OPERATIONS
+from benchmarks.ties.verdict import judge
 
 OTHERS = {"torch_pruning": "torch-pruning", "peft": "peft", "transformers": "transformers"}
 """Packages of which nothing else in the project knows; what is missing is named and left out."""
@@ -64,16 +66,21 @@ def counts(rows: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
     for name, listed in (("listed", True), ("beside", False)):
         for column in COLUMNS:
             cells = [cs[column] for row in rows.values() if row["listed"] is listed for cs in row["cells"].values()]
-            found.setdefault(name, {})[column] = dict(Counter(cell["verdict"] for cell in cells))
+            found.setdefault(name, {})[column] = dict(Counter(map(_counted, cells)))
     return found
+
+
+def _counted(cell: dict[str, Any]) -> str:
+    """An error of tying's names the parameter; PyTorch's own may not."""
+    return f"{cell['verdict']}, {cell['by']}'s" if cell["verdict"] == "error" else cell["verdict"]
 
 
 def gradients(quick: bool) -> dict[str, Any]:
     """The relative difference of a hard tie's gradient from the sum of the untied ones, in one process."""
-    ways = {"eager": ties_gradients.eager, "compile, eager": ties_gradients.compile_by("eager")}
+    ways = {"eager": tie_gradients.eager, "compile, eager": tie_gradients.compile_by("eager")}
     if not quick:
-        ways["compile, inductor"] = ties_gradients.compile_by("inductor")
-    return ties_gradients.table(ways)
+        ways["compile, inductor"] = tie_gradients.compile_by("inductor")
+    return tie_gradients.table(ways)
 
 
 def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -93,11 +100,11 @@ def main() -> None:
     rows = table(options.quick, options.only)
     if options.only:
         return
-    together = ties_processes.run()
+    together = processes.run()
     for name, row in together["rows"].items():
         rows[name] = row
         _tell(name, row)
-    cost = ties_cost.measure(options.rounds // 10 if options.quick else options.rounds)
+    cost = guard_cost.measure(options.rounds // 10 if options.quick else options.rounds)
     found = joined(gradients(options.quick), together["gradients"])
     results = {
         "columns": NOTES,
