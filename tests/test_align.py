@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from networks import NETWORKS, Net, randomised
 from tying.channels.find import find_channels
 from tying.errors import PlanError
 from tying.find import align as align_module
+from tying.find import permute as permute_module
 from tying.find import units
 from tying.find.align import by_weights
 from tying.find.match import Match, match
 from tying.find.permute import Order, Reference, Side, Space, permuted, spaces_of, tensors_of, write
 from tying.groups import Groups
+from tying.outputs import difference, same_random_numbers, tensors_in
 
 Places = list[tuple[int, list[tuple[str, int]]]]
 """How many units, and the (tensor, axis) they occupy; units that are flattened occupy as many runs."""
@@ -249,9 +252,9 @@ def test_every_family_comes_back(name: str) -> None:
     model, x = (FAMILIES.get(name) or NETWORKS[name]).make()
     other = copy.deepcopy(model)
     spaces = spaces_of(find_channels(other, x))
-    movable = Reference("other", other, (x,)).movable(spaces)
+    reasons = Reference("other", other, (x,)).reasons(spaces)
     random = np.random.default_rng(0)
-    moves = [(s, random.permutation(s.units)) for s, free in zip(spaces, movable, strict=True) if free]
+    moves = [(s, random.permutation(s.units)) for s, reason in zip(spaces, reasons, strict=True) if not reason]
     tensors = tensors_of(other)
     write([(tensors[local], value) for local, value in permuted(tensors, moves).items()])
     law_kept(model, other, x)
@@ -511,6 +514,198 @@ def test_dead_units_and_equal_ones_do_no_harm() -> None:
         law_kept(model, other, x)
 
 
+# ---------------------------------------------------------------- blocked spaces: what trials show
+
+
+class Scaled(nn.Module):
+    """Hidden units whose places a buffer knows: `find_channels` can't tell, and trials have to."""
+
+    def __init__(self, change: Callable[[Any], None] = lambda m: None, mask: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.last, self.mask = nn.Linear(4, 6), nn.Linear(6, 3), mask
+        self.register_buffer("scale", torch.arange(1.0, 7.0))
+        self.register_buffer("legal", torch.tensor([True, True, False]))
+        with torch.no_grad():
+            change(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.last(torch.relu(self.first(x)) * self.scale)
+        return out.masked_fill(~self.legal, self.mask) if self.mask else out
+
+
+class Gated(nn.Module):
+    """Tokens whose number decides what each unit counts; for token 0 all count alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(9, 6), nn.Linear(6, 3)
+        self.register_buffer("gate", torch.arange(9.0)[:, None] * torch.arange(6.0) + 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.table(tokens) * self.gate[tokens])
+
+
+class Switched(nn.Module):
+    """Nothing comes out unless the switch is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled()
+
+    def forward(self, x: Tensor, on: Tensor) -> Tensor:
+        return self.inner(x) * on[:, None]
+
+
+Blocked = tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[Tensor, ...], Callable[[Any], None]]
+
+BLOCKED: dict[str, Blocked] = {  # the model, what it is aligned on, what comes later, and what becomes of it
+    "plain": (Scaled, (torch.ones(2, 4),), (torch.randn(5, 4),), lambda m: None),
+    "a head of zeros, trained later": (
+        lambda: Scaled(lambda m: m.last.weight.zero_()),
+        (torch.randn(5, 4),),
+        (torch.randn(5, 4),),
+        lambda m: m.last.weight.fill_(1.0),
+    ),
+    "dead on small inputs": (
+        lambda: Scaled(lambda m: m.first.bias.fill_(-20.0)),
+        (torch.zeros(2, 4),),
+        (255 * torch.rand(5, 4),),
+        lambda m: None,
+    ),
+    **{
+        f"masked with {mask}": (
+            lambda mask=mask: Scaled(mask=mask),
+            (torch.randn(5, 4),),
+            (torch.randn(5, 4),),
+            lambda m: None,
+        )
+        for mask in (-1e9, torch.finfo(torch.float32).min, -math.inf)
+    },
+    "one token": (Gated, (torch.zeros(2, 3, dtype=torch.long),), (torch.arange(9)[None],), lambda m: None),
+    "switched off": (
+        Switched,
+        (torch.ones(2, 4), torch.zeros(2, dtype=torch.bool)),
+        (torch.randn(2, 4), torch.ones(2) > 0),
+        lambda m: None,
+    ),
+}
+
+
+def law_blocked(name: str) -> None:
+    """Whatever the examples show, the model computes the same as before: on other inputs, and with other weights."""
+    torch.manual_seed(0)
+    make, examples, later, becomes = BLOCKED[name]
+    models = {"a": make(), "b": make()}
+    before = copy.deepcopy(models["b"])
+    result = match(models, align=True, example_inputs=examples)
+    assert all(each.reason for each in result.aligned if each.order is None)
+    with torch.no_grad():
+        for model in (before, models["b"]):
+            becomes(model)
+        torch.testing.assert_close(models["b"](*later), before(*later), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_what_a_buffer_counts_by_place_stays(name: str) -> None:
+    law_blocked(name)
+
+
+def relative_to_the_largest(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    pairs = zip(expected, got, strict=True)
+    return max(float(((a - b).abs() / a.abs().max()).nan_to_num(nan=0).max()) for a, b in pairs)
+
+
+def test_a_mask_hides_it_where_all_is_relative_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permute_module, "difference", relative_to_the_largest)
+    with pytest.raises(AssertionError):
+        law_blocked("masked with -3.4028234663852886e+38")
+
+
+@pytest.mark.parametrize("name", ["a head of zeros, trained later", "one token"])
+def test_units_that_need_not_make_a_difference_move_wrongly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permute_module, "_all_act", lambda space, acts: True)
+    monkeypatch.setattr(Reference, "_untold", lambda self: None)
+    with pytest.raises(AssertionError):
+        law_blocked(name)
+
+
+def test_the_outputs_of_a_model_are_no_units_whatever_blocks_them() -> None:
+    spaces = spaces_of(find_channels(Scaled(mask=-1e9), torch.ones(2, 4)))
+    assert [str(space) for space in spaces] == ["first.weight[axis 0]"]
+
+
+def test_a_reference_that_is_not_finite_proves_nothing() -> None:
+    models = {"a": Scaled(), "b": Scaled(lambda m: m.legal.fill_(True), mask=1.0)}
+    models["b"].register_buffer("scale", torch.full((6,), math.nan))
+    with pytest.raises(PlanError, match="b: expected finite outputs on the example inputs, got NaN or infinity"):
+        by_weight(models, torch.randn(2, 4))
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training, or another method, reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.aside = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.first(x))
+        return (self.last(hidden), self.aside(hidden)) if self.training else self.last(hidden)
+
+
+def test_parameters_that_the_forward_does_not_use_are_refused() -> None:
+    torch.manual_seed(0)
+    models = {"a": Auxiliary(), "b": Auxiliary()}
+    before = states(models)
+    with pytest.raises(PlanError, match=r"b\.aside\.weight, b\.aside\.bias: expected parameters that the forward uses"):
+        by_weight(models, torch.randn(3, 4))
+    assert_untouched(models, before)
+    match(models)  # without align nothing is asked
+
+
+# ---------------------------------------------------------------- what a model gives
+
+
+class Box:
+    pass
+
+
+def test_the_tensors_of_an_output_are_found_or_it_is_refused() -> None:
+    x, y = torch.ones(2), torch.zeros(1)
+    assert [t.tolist() for t in tensors_in({"one": (x, [y, None]), "two": OrderedDict(a=2.5)})] == [[1, 1], [0], 2.5]
+    for wrong in (Box(), (x, Box()), None, []):
+        with pytest.raises(TypeError, match="return tensors"):
+            tensors_in(wrong)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, 2.2], 0.1),
+        ([1.0, 2.0, -1e9], [1.0, 2.2, -1e9], 0.1),
+        ([1.0, -math.inf], [1.1, -math.inf], 0.1),
+        ([1.0, math.inf], [1.0, -math.inf], math.inf),
+        ([1.0, 2.0], [1.0, math.nan], math.inf),
+        ([0.0, 2.0], [0.2, 2.0], 0.1),
+        ([1 + 1j], [1 + 2j], 1.0),
+        ([1.0], [1.0, 1.0], math.inf),
+    ],
+)
+def test_a_difference_is_relative_to_the_number_itself(one: list[Any], other: list[Any], expected: float) -> None:
+    assert difference([torch.tensor(one)], [torch.tensor(other)]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_random_numbers_of_the_user_stay_and_no_other_gpu_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with same_random_numbers(nn.Linear(1, 1)):
+        first = torch.rand(1)
+    with same_random_numbers(nn.Linear(1, 1)):
+        assert torch.equal(torch.rand(1), first)
+    assert not seeded
+
+
 # ---------------------------------------------------------------- nothing or all
 
 
@@ -593,9 +788,15 @@ def test_weights_that_are_not_finite_are_refused(align: Align) -> None:
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
-    models = {name: build("mlp", seed)[0] for seed, name in enumerate("ab")}
-    with pytest.raises(PlanError, match=r"b\.0\.weight: expected finite activations to align by"):
-        by_activation(models, torch.full((3, 20), math.inf))
+    models: dict[str, nn.Module] = {
+        name: Net(lambda m, x: m.last(torch.tanh(m.body(x))), body=nn.Linear(3, 3), last=nn.Linear(3, 2))
+        for name in "ab"
+    }
+    with torch.no_grad():
+        models["b"].body.weight.fill_(1.0)
+    x = torch.full((3, 3), 1.7e308, dtype=torch.float64)
+    with pytest.raises(PlanError, match=r"b\.body\.weight: expected finite activations to align by"):
+        by_activation(models, x)
 
 
 def test_a_write_that_fails_is_taken_back() -> None:
@@ -609,6 +810,7 @@ def test_a_space_moves_if_a_shift_and_a_swap_change_nothing() -> None:
     model, x = NETWORKS["layernorm_residual"].make()
     spaces = spaces_of(find_channels(model, x))
     assert [space.blocked is None for space in spaces] == [False, True]
-    assert Reference("m", model, (x,)).movable(spaces) == [True, True]
+    assert Reference("m", model, (x,)).reasons(spaces) == [None, None]
     fixed, y = NETWORKS["groupnorm"].make()
-    assert Reference("m", fixed, (y,)).movable(spaces_of(find_channels(fixed, y))) == [False]
+    (stays,) = spaces_of(find_channels(fixed, y))
+    assert Reference("m", fixed, (y,)).reasons([stays]) == [stays.blocked]

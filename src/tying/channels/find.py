@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tying.channels.graph import Graph, Source, export
-from tying.channels.labels import Ledger
+from tying.channels.labels import Ledger, Weight
 from tying.channels.rules import apply
 from tying.channels.tracer import Tracer, values_in
 
@@ -62,6 +62,9 @@ class Channel:
     lost: str | None = None
     """Why more than `readers` may depend on it, or None: an operation without a rule takes it, say. Then it is blocked,
     too."""
+    output: bool = False
+    """Whether its numbers are an output of the model: then it has a place there that others rely on, whatever else
+    blocks it."""
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -136,8 +139,10 @@ def find_channels(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...])
 
 def channels_of(graph: Graph) -> Channels:
     """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
-    ledger = trace(graph).ledger
+    tracer = trace(graph)
+    ledger = tracer.ledger
     classes, reasons, losses = ledger.settle()
+    leaving = {int(c) for labels in tracer.outputs for c in np.unique(classes[labels.reshape(-1).numpy()])}
     makers: dict[int, list[Slice]] = {}
     readers: dict[int, list[Slice]] = {}
     order: dict[int, None] = {}
@@ -153,7 +158,10 @@ def channels_of(graph: Graph) -> Channels:
                     part = Slice(name, axis, tuple(members), graph.aliases[name])
                     parts.setdefault(found, []).append(part)
     return Channels(
-        tuple(Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c], losses[c]) for c in order)
+        tuple(
+            Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c], losses[c], c in leaving)
+            for c in order
+        )
     )
 
 
@@ -172,6 +180,7 @@ def trace(graph: Graph) -> Tracer:
         values[call.node] = apply(tracer, call)
     for value in values_in([values.get(node) for node in graph.outputs()]):
         tracer.block(value, "an output of the model")
+        tracer.outputs += value.axes if isinstance(value, Weight) else [value]
     return tracer
 
 

@@ -107,6 +107,12 @@ class Graph:
         """Return the nodes that leave the model."""
         return tuple(self.nodes[-1].all_input_nodes)
 
+    def unused(self) -> list[str]:
+        """Return the parameters that nothing in the graph reads: those of another mode or method, say."""
+        named = [(self.sources[node.name], bool(node.users)) for node in self.nodes if node.op == "placeholder"]
+        used = {source.name for source, is_used in named if is_used} - self.unread
+        return [source.name for source, _ in named if source.kind == "parameter" and source.name not in used]
+
 
 def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Graph:
     """Export the model in evaluation mode, without touching it.

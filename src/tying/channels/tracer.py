@@ -31,6 +31,7 @@ class Tracer:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.readings: list[Read] = []
+        self.outputs: list[Tensor] = []
 
     def block(self, value: Value, reason: str) -> None:
         """Block the channels of an activation, or every slice of a parameter."""

@@ -221,7 +221,7 @@ def _activations(model: Reference, names: Mapping[str, str], sides: Mapping[str,
         if next(module.children(), None) is None:
             handles.append(module.register_forward_hook(catch))
     try:
-        run(model.model, model.inputs[0])
+        run(model.model, model.given)
     finally:
         for handle in handles:
             handle.remove()

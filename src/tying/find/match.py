@@ -100,12 +100,18 @@ def match(
 
     **With `align`, all models but the first are written to, in place; it is the only case.** Their hidden units change
     places, in weights, biases, BatchNorm statistics, in everything that makes or reads them and in gradients that are
-    there, so that corresponding units face those of the first model, or of an earlier one. What each model computes
-    stays: that is verified on float64 copies, on the example inputs and on random ones, to 1e-9 of the largest output,
-    before anything is written, and everything is written or nothing. An optimizer made before has its momentum in the
-    old places: make it anew. Units can move where `find_channels` says that they can be removed one by one, and also
-    where they can't but the comparison shows that moving them changes nothing (the stream of a transformer, behind
-    LayerNorm). Attention heads stay, and units inside a group of a grouped convolution.
+    there, so that corresponding units face those of the first model, or of an earlier one. What each model computes in
+    evaluation mode stays: that is compared on float64 copies, on the example inputs and on random ones, to 1e-9 of
+    every output (`tying.outputs.difference`), before anything is written, and everything is written or nothing. The
+    copies run often, and forward hooks with them. An optimizer made before has its momentum in the old places: make it
+    anew. A model with parameters that its forward does not use is refused: they may read units in another mode.
+
+    Units can move where `find_channels` says that they can be removed one by one: that is proven by the graph. Where
+    it says that they can't (the stream of a transformer, behind LayerNorm), they move if trials show that it changes
+    nothing: on the examples and on random inputs, with the model's weights and with others, every unit making a
+    difference. **That rests on samples**: give example inputs as varied as those to come. Attention heads stay, and
+    units inside a group of a grouped convolution; so do those of `nn.LSTM` and its like, and of layers under
+    `weight_norm`, which are not followed.
 
     Args:
         models: Modules by name, at least two; one is enough with `pairs` or `equal`.
@@ -137,7 +143,7 @@ def match(
         >>> order = torch.tensor([2, 0, 1])
         >>> for tensor, axis in [(b[0].weight, 0), (b[0].bias, 0), (b[2].weight, 1)]:
         ...     tensor.data = tensor.data.index_select(axis, order)
-        >>> print(match({"a": a, "b": b}, align=True, example_inputs=torch.zeros(2, 4)))
+        >>> print(match({"a": a, "b": b}, align=True, example_inputs=torch.randn(2, 4)))
         Match (match: by name and shape, aligned: by weights)
           pairs                    groups  cosine  distance
           a.0.weight ~ b.0.weight  whole   1.0000  0.0000

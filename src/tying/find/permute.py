@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,12 +15,18 @@ from torch import Tensor, nn
 
 from tying.channels.find import Channel, Channels, Slice
 from tying.errors import PlanError
+from tying.outputs import difference, random_like, same_random_numbers, tensors_in
 
 Order: TypeAlias = NDArray[np.int64]
 """A permutation of units, `(units,)`: position k holds, afterwards, the unit that was at `order[k]`."""
 
 TOLERANCE = 1e-9
-"""The largest difference of outputs, relative to the largest output, that counts as the same function in float64."""
+"""The largest relative difference of outputs that counts as the same function in float64."""
+
+DRAWS = 8
+"""How many times other weights are drawn, at most, until every unit has made a difference to the outputs."""
+
+UNFELT = "the outputs do not depend on all of them for the inputs that were tried"
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def spaces_of(channels: Channels) -> list[Space]:
     found: dict[tuple[object, ...], list[Channel]] = {}
     for channel in channels:
         occupied = tuple((part.parameter, part.axis, len(part.indices)) for part in _sorted(channel.slices))
-        if channel.makers and channel.blocked != "an output of the model":
+        if channel.makers and not channel.output:
             found.setdefault((occupied, channel.blocked is None), []).append(channel)
     return [_space(units) for units in found.values() if len(units) > 1]
 
@@ -100,46 +107,62 @@ class Reference:
         """Copy the model and run it.
 
         Raises:
-            PlanError: Names the model, if it can't be copied or does not run in float64.
+            PlanError: Names the model, if it can't be copied, does not run in float64 or gives NaN or infinity.
         """
         self.name = name
-        given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        self.inputs = (given, _random_like(given))
+        self.given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
         try:
             self.model = copy.deepcopy(model).double()
             for module in self.model.modules():
                 module.training = False
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
             self.tensors = tensors_of(self.model)
-            self.outputs = self._run()
+            outputs = run(self.model, self.given)
         except Exception as error:
             raise PlanError(
                 f"{name}: expected a model that can be copied and runs on the example inputs in float64, got "
                 f"{type(error).__name__}: {error}; without that no permutation can be proven, so leave out align=True"
             ) from error
+        if not _is_sound(outputs):
+            raise PlanError(
+                f"{name}: expected finite outputs on the example inputs, got NaN or infinity, which nothing can be "
+                "compared with; mend the model, or take other example inputs"
+            )
+        self.samples = [self.given, *map(tuple, _samples(self.given))]
+        self.runs = self._run_all()
 
     def change(self, moves: Sequence[tuple[Space, Order]]) -> float:
-        """Return by how much the outputs differ, relative to the largest, once the units are moved."""
+        """Return by how much the outputs differ, as `tying.outputs.difference` tells, once the units are moved."""
         names = {side.name: (side.name, *side.aliases) for space, _ in moves for side in space.sides}
         before = {name: self.tensors[name].detach().clone() for name in names}
         try:
             self._write(permuted(self.tensors, moves), names)
-            return _difference(self.outputs, self._run())
+            return max((difference(outputs, run(self.model, inputs)) for inputs, outputs in self.runs), default=0.0)
         finally:
             self._write(before, names)
 
-    def movable(self, spaces: Sequence[Space]) -> list[bool]:
-        """Tell in which spaces units may change places: any may where a shift of all and a swap of two change nothing.
+    def reasons(self, spaces: Sequence[Space]) -> list[str | None]:
+        """Return why the units of each space stay; None where they may change places.
 
-        The two generate all permutations. Spaces whose units can be removed exactly are taken as they are, others are
-        tried together, and one by one where that fails.
+        They may where they can be removed exactly, which the graph proves; or where trials show that a shift of all and
+        a swap of two, which generate all permutations, change nothing: with the model's weights and with others, on
+        the given and on random inputs, and only if every unit makes a difference to the outputs there.
         """
         asked = [space for space in spaces if space.blocked and not space.lost]
-        trials = ([(space, trial(space.units)) for space in asked] for trial in (_shift, _swap))
-        if all(self._kept(trial) for trial in trials):
-            proven = {id(space) for space in asked}
-        else:
-            proven = {id(s) for s in asked if all(self._kept([(s, trial(s.units))]) for trial in (_shift, _swap))}
-        return [space.blocked is None or id(space) in proven for space in spaces]
+        untold = self._untold() if asked else None
+        if untold:
+            return [untold if space.blocked else None for space in spaces]
+        kept = self._movable(asked)
+        acts = {side.name: np.zeros(self.tensors[side.name].shape, np.bool_) for s in kept for side in s.sides}
+        for draw in range(DRAWS):
+            if all(_all_act(space, acts) for space in kept):
+                break
+            with self._other_weights(draw):
+                kept = self._movable(kept)
+                self._note_acting(acts)
+        proven = {id(space): None if _all_act(space, acts) else UNFELT for space in kept}
+        return [proven.get(id(space), space.blocked) for space in spaces]
 
     def check(self, moves: Sequence[tuple[Space, Order]]) -> None:
         """Raise unless the model computes the same once the units are moved.
@@ -158,11 +181,76 @@ class Reference:
             "align=True"
         )
 
+    def _untold(self) -> str | None:
+        """Return why no trial can show anything, if so."""
+        integers = [x for x in self.given if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)]
+        for x in integers:
+            if not x.numel() or bool(x.min() == x.max()):
+                return "an integer input is one number throughout, so nothing can be tried: take differing examples"
+        return None if len(self.runs) > 1 else "no random inputs give finite outputs, so nothing can be tried"
+
+    def _movable(self, spaces: Sequence[Space]) -> list[Space]:
+        """Return the spaces whose trials change nothing: tried together, and one by one where that fails."""
+        if all(self._kept([(space, trial(space.units)) for space in spaces]) for trial in (_shift, _swap)):
+            return list(spaces)
+        return [s for s in spaces if all(self._kept([(s, trial(s.units))]) for trial in (_shift, _swap))]
+
     def _kept(self, moves: Sequence[tuple[Space, Order]]) -> bool:
         return self.change(moves) <= TOLERANCE
 
-    def _run(self) -> list[list[Tensor]]:
-        return [run(self.model, inputs) for inputs in self.inputs]
+    def _run_all(self) -> list[tuple[tuple[Tensor, ...], list[Tensor]]]:
+        """Return inputs and outputs, where these are finite."""
+        found: list[tuple[tuple[Tensor, ...], list[Tensor]]] = []
+        for inputs in self.samples:
+            try:
+                outputs = run(self.model, inputs)
+            except Exception:  # random inputs that the model does not take: it does take the given ones
+                continue
+            if _is_sound(outputs):
+                found.append((inputs, outputs))
+        return found
+
+    @contextmanager
+    def _other_weights(self, draw: int) -> Generator[None, None, None]:
+        """Add noise of about its size to every parameter: what is zero by chance, or dead, is not then."""
+        parameters = [p for p in self.model.parameters() if p.is_floating_point() and p.numel()]
+        before, runs = [p.detach().clone() for p in parameters], self.runs
+        generator = torch.Generator().manual_seed(draw)
+        try:
+            with torch.no_grad():
+                for p in parameters:
+                    noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+                    p += noise * (float(p.square().mean().sqrt()) * min(2**draw / 2, 2) or 0.1)
+            self.runs = self._run_all()
+            yield
+        finally:
+            self.runs = runs
+            with torch.no_grad():
+                for p, value in zip(parameters, before, strict=True):
+                    p.copy_(value)
+
+    def _note_acting(self, acts: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Note which numbers make a difference to the outputs: those whose gradient is not zero."""
+        names = [name for name in acts if self.tensors[name].requires_grad]
+        tensors = [self.tensors[name] for name in names]
+        for inputs, _ in self.runs:
+            for name, found in zip(names, self._acting(tensors, inputs), strict=True):
+                acts[name][...] |= found
+
+    def _acting(self, tensors: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> list[NDArray[np.bool_]]:
+        """Return where the gradients of the outputs, summed with random weights, are not zero."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad(), same_random_numbers(self.model):
+            outputs = [x for x in _numbers(tensors_in(self.model(*inputs))) if x.requires_grad]
+            weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
+            terms = [(weight * x)[x.isfinite()].sum() for weight, x in zip(weights, outputs, strict=True)]
+            none = [None] * len(tensors)
+            found = torch.autograd.grad(terms, tensors, allow_unused=True) if terms and tensors else none
+        sizes = [
+            torch.zeros_like(t) if g is None else g.abs().nan_to_num() for t, g in zip(tensors, found, strict=True)
+        ]
+        least = 1e-12 * max((float(size.max()) for size in sizes if size.numel()), default=0.0)
+        return [(size > least).cpu().numpy() for size in sizes]
 
     def _write(self, values: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -> None:
         with torch.no_grad():
@@ -173,10 +261,8 @@ class Reference:
 
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Return the outputs as a flat list, without gradients; random numbers are the same at every call."""
-    gpus = sorted({t.device.index for t in tensors_of(model).values() if t.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(0)
-        return [output.detach().clone() for output in _flatten(model(*inputs))]
+    with torch.no_grad(), same_random_numbers(model):
+        return [output.detach().clone() for output in tensors_in(model(*inputs))]
 
 
 def write(changes: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -226,37 +312,26 @@ def _swap(units: int) -> Order:
     return np.array([1, 0, *range(2, units)])
 
 
-def _random_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return random inputs, the same at every call: normal numbers; integers between the given ones' extremes."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
-        return torch.randint(low, high + 1, x.shape, generator=generator)
-
-    return tuple(draw(x).to(x.device, x.dtype) for x in inputs)
+def _samples(given: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    """Return random inputs of several sizes: of size 1, 100 and that of the largest number given."""
+    largest = max((float(x.abs().max()) for x in given if x.is_floating_point() and x.numel()), default=0.0)
+    return [random_like(given, scale=scale, seed=i) for i, scale in enumerate((1.0, 100.0, largest or 0.01))]
 
 
-def _difference(expected: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tensor]]) -> float:
-    """The largest difference between outputs, relative to the largest; NaN and infinite ones have to stay."""
-    worst = 0.0
-    for a, b in zip((x for each in expected for x in each), (x for each in got for x in each), strict=True):
-        a, b = a.to(torch.float64), b.to(torch.float64)
-        apart = ~((a == b) | (a.isnan() & b.isnan()))
-        if bool(apart.any()):
-            finite = a[a.isfinite()].abs()
-            size = max(float(finite.max()) if finite.numel() else 0.0, 1e-300)
-            worst = max(worst, float((a - b)[apart].abs().nan_to_num(nan=float("inf")).max()) / size)
-    return worst
+def _is_sound(outputs: Sequence[Tensor]) -> bool:
+    """Tell whether outputs can be compared: finite, but for −∞ where some are masked."""
+    return all(bool((x.isfinite() | x.isneginf()).all()) and bool(x.isfinite().any()) for x in _numbers(outputs))
 
 
-def _flatten(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _flatten(list(cast("Mapping[Any, Any]", output).values()))
-    elif isinstance(output, (tuple, list)):
-        for part in cast("Sequence[Any]", output):
-            yield from _flatten(part)
+def _numbers(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.numel()]
+
+
+def _all_act(space: Space, acts: Mapping[str, NDArray[np.bool_]]) -> bool:
+    """Tell whether each unit has some number that acts."""
+    found = np.zeros(space.units, dtype=np.bool_)
+    for side in space.sides:
+        others = tuple(axis for axis in range(acts[side.name].ndim) if axis != side.axis)
+        lines: NDArray[np.bool_] = np.asarray(acts[side.name].any(axis=others), dtype=np.bool_)
+        found |= lines[side.indices].any(1)
+    return bool(found.all())

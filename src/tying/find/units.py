@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.channels.find import find_channels
+from tying.channels.find import channels_of
+from tying.channels.graph import export
 from tying.errors import CompactError, PlanError
 from tying.find.align import by_activations, by_weights
 from tying.find.permute import Order, Reference, Space, permuted, spaces_of, tensors_of, write
@@ -87,8 +88,8 @@ class _Aligner:
     def align(self, name: str) -> list[Aligned]:
         """Find where the units of one model go, and prove that it computes the same then."""
         partners = _partners(self.plan, name, self.tensors, self.now)
-        spaces = _spaces(name, self.models[name], self.inputs[name])
-        reasons = self._reasons(name, spaces, partners)
+        spaces, unused = _spaces(name, self.models[name], self.inputs[name])
+        reasons = self._reasons(name, spaces, unused, partners)
         orders = iter(self._orders(name, [s for s, r in zip(spaces, reasons, strict=True) if r is None], partners))
         told: list[Aligned] = []
         moves: list[tuple[Space, Order]] = []
@@ -104,12 +105,16 @@ class _Aligner:
             self._note(name, moves)
         return told
 
-    def _reasons(self, name: str, spaces: Sequence[Space], partners: Mapping[str, _Partner]) -> list[str | None]:
+    def _reasons(
+        self, name: str, spaces: Sequence[Space], unused: Sequence[str], partners: Mapping[str, _Partner]
+    ) -> list[str | None]:
         """Return why the units of each space stay, None where they may move."""
         reasons = [_fixed(space, self.tensors[name], partners, self.shared) for space in spaces]
         free = [space for space, reason in zip(spaces, reasons, strict=True) if reason is None]
-        movable = iter(self._reference(name).movable(free) if free else ())
-        return [r or (None if next(movable) else s.blocked) for s, r in zip(spaces, reasons, strict=True)]
+        if free:
+            _refuse_unused(name, unused)
+        tried = iter(self._reference(name).reasons(free) if free else ())
+        return [reason or next(tried) for reason in reasons]
 
     def _orders(self, name: str, spaces: Sequence[Space], partners: Mapping[str, _Partner]) -> list[Order | None]:
         for local, partner in partners.items():
@@ -140,11 +145,24 @@ class _Aligner:
         return self.references[name]
 
 
-def _spaces(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Space]:
+def _spaces(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[list[Space], list[str]]:
+    """Return the spaces of a model, and the parameters that its forward does not use."""
     try:
-        return spaces_of(find_channels(model, inputs))
+        graph = export(model, inputs)
     except CompactError as error:
         raise PlanError(f"{name}: expected a model whose units can be found, got {error}") from error
+    return spaces_of(channels_of(graph)), graph.unused()
+
+
+def _refuse_unused(model: str, unused: Sequence[str]) -> None:
+    """Raise `PlanError` where parameters may read units that nothing shows that they do."""
+    if unused:
+        shown = ", ".join(f"{model}.{name}" for name in unused[:4]) + (", …" if len(unused) > 4 else "")
+        raise PlanError(
+            f"{shown}: expected parameters that the forward uses in evaluation mode, got some that it does not: they "
+            "may read units that move, in training or in another method; align the parts without them, give a module "
+            "whose forward uses them, or leave out align=True"
+        )
 
 
 def _partners(
