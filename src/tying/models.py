@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 from torch import nn
@@ -56,6 +56,13 @@ def parameters_of(models: Models) -> dict[str, nn.Parameter]:
         for prefix, model in by_name(models).items()
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
+
+
+def modules_of(models: Models) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules by full name, each once, the models themselves by theirs."""
+    for prefix, model in by_name(models).items():
+        for path, module in model.named_modules():
+            yield qualified(prefix, path) if path else prefix, module
 
 
 def callable_parts(models: Models) -> dict[str, nn.Module]:
