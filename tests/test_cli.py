@@ -211,6 +211,7 @@ def test_inspect_prints_the_table_or_the_json_of_the_library(tmp_path: Path) -> 
     assert run("inspect", path).stdout == f"{inspect(path)}\n"
     result = run("inspect", path, "--tolerance", 0.2, "--json")
     assert json.loads(result.stdout) == json.loads(inspect(path, tolerance=0.2).to_json())
+    assert not result.stderr
 
 
 def test_inspect_says_what_several_files_share(tmp_path: Path) -> None:

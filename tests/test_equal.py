@@ -53,10 +53,6 @@ def comparable(tensor: Tensor, kind: str) -> tuple[object, ...]:
     return (tensor.dtype, len(group_bytes(tensor, kind)[0]))
 
 
-def tie_saves(tie: Tie, tensors: Mapping[str, Tensor]) -> int:
-    return bits_saved([(tensors[m.parameter], m.groups.kind) for m in tie.members])
-
-
 # ---------------------------------------------------------------- the law
 
 

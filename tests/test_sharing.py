@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tying import store
 from tying.enforce import tie_
 from tying.errors import FileError, PlanError
+from tying.find.declare import declare
 from tying.find.match import match
-from tying.inspect import Sharing, inspect
+from tying.groups import Groups
+from tying.inspect import Inspection, Sharing, inspect
+from tying.store.checkpoint import read_tensors
 
 State = dict[str, Tensor]
 
@@ -110,6 +116,128 @@ def test_the_bundle_has_the_bytes_that_were_told(tmp_path: Path) -> None:
     spared = (tmp_path / "apart").stat().st_size - (tmp_path / "bundle").stat().st_size
     assert spared == pytest.approx(sharing.saved, abs=1500)  # what the headers differ in
     assert sharing.saved > 9000
+
+
+# ---------------------------------------------------------------- files that `tying.save` wrote
+
+
+class Coder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(12, 8), nn.Linear(8, 12)
+
+
+def coders() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"a": Coder(), "b": Coder()}
+
+
+def tied_as_a_whole() -> dict[str, nn.Module]:
+    models = coders()
+    tie_(models, match(models))
+    return models
+
+
+def tied_transposed() -> dict[str, nn.Module]:
+    models = coders()
+    groups = [("a.encoder.weight", Groups.outputs()), ("b.decoder.weight", Groups.inputs())]
+    tie_(models, declare(models, equal=[groups, ["a.encoder.bias", "b.encoder.bias"]]))
+    return models
+
+
+def tied_inside() -> dict[str, nn.Module]:
+    models = coders()
+    inside = {("a.encoder.weight", Groups.inputs()): [0, 0, 1, 2, 3, 3, 4, 5, -1, 6, 7, 7]}
+    tie_(models, declare(models, labels=inside))
+    return models
+
+
+def views_and_aliases() -> dict[str, nn.Module]:
+    models: dict[str, Any] = coders()
+    models["b"].decoder.weight = nn.Parameter(models["a"].encoder.weight.t())
+    models["b"].encoder.bias = models["a"].encoder.bias
+    return models
+
+
+Models = dict[str, nn.Module]
+
+
+def dense(models: Models) -> State:
+    """What the layers compute with, by full name."""
+    parts = [(f"{n}.{part}", getattr(model, part)) for n, model in models.items() for part in ("encoder", "decoder")]
+    return {
+        f"{name}.{leaf}": getattr(part, leaf).detach().clone() for name, part in parts for leaf in ("weight", "bias")
+    }
+
+
+def numbers_in(path: Path) -> int:
+    """Bytes of the file's tensors: values and packed labels."""
+    with safe_open(path, framework="pt") as file:
+        return sum(tensor.nbytes for tensor in map(file.get_tensor, file.keys()))
+
+
+def law_saved(models: Models, path: Path, look: Callable[..., Any] = inspect) -> None:
+    """A file that `tying.save` wrote holds the networks' own weights, and in its bytes what they share once."""
+    store.save(models, path)
+    plain = dense(models)
+    kept = {found.name: found for found in inspect(plain).findings}
+    seen = look(path)
+    again = {skipped.name for skipped in seen.skipped}
+    assert {found.name for found in seen.findings} | again == set(plain)
+    for found in seen.findings:
+        assert replace(found, bytes=0, bytes_left=0) == replace(kept[found.name], bytes=0, bytes_left=0)
+        assert found.bytes_left <= found.bytes <= kept[found.name].bytes
+    sharing = look(path, plain)
+    assert {row.how for row in sharing.rows} <= {"equal", "transposed", "groups"}
+    assert sharing.bytes == numbers_in(path) + sum(tensor.nbytes for tensor in plain.values())
+    other = look(path, {"w": torch.randn(7, 7)})
+    assert other.saved == 0, "told what the file stores once already"
+
+
+@pytest.mark.parametrize("build", [coders, tied_as_a_whole, tied_transposed, tied_inside, views_and_aliases])
+def test_a_file_of_tying_is_looked_into_as_the_networks_it_holds(build: Callable[[], Models], tmp_path: Path) -> None:
+    law_saved(build(), tmp_path / "pair.safetensors")
+
+
+def packed(source: Path | State, *others: Path | State) -> Inspection | Sharing:
+    """Looks at how the file packs its tensors."""
+    return inspect(*(load_file(each) if isinstance(each, Path) else each for each in (source, *others)))
+
+
+def counted_dense(source: Path | State, *others: Path | State) -> Inspection | Sharing:
+    """Counts every tensor in full."""
+    opened = [
+        each if isinstance(each, dict) else {n: t for n, t, _ in read_tensors(each)} for each in (source, *others)
+    ]
+    return inspect(*opened)
+
+
+@pytest.mark.parametrize("look", [packed, counted_dense])
+@pytest.mark.parametrize("build", [tied_transposed, tied_inside])
+def test_a_wrong_look_into_a_file_of_tying_fails_the_law(
+    look: Callable[..., Any], build: Callable[[], Models], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError):
+        law_saved(build(), tmp_path / "pair.safetensors", look)
+
+
+def test_a_network_tied_to_another_is_found_in_the_file_of_both(tmp_path: Path) -> None:
+    models = tied_as_a_whole()
+    store.save(models, tmp_path / "pair.safetensors")
+    store.save(models["b"], tmp_path / "alone.safetensors")
+    sharing = inspect(tmp_path / "pair.safetensors", tmp_path / "alone.safetensors")
+    assert {row.how for row in sharing.rows} == {"equal"}
+    assert sharing.saved == sum(tensor.nbytes for tensor in models["b"].state_dict().values())
+
+
+def test_names_with_dots_are_told_apart(tmp_path: Path) -> None:
+    weight = torch.randn(4, 4)
+    save_file({"b.w": weight}, tmp_path / "m.safetensors")
+    save_file({"w": weight.clone()}, tmp_path / "m.b.safetensors")
+    sharing = inspect(tmp_path / "m.safetensors", tmp_path / "m.b.safetensors")
+    assert [(row.how, row.names, row.sources) for row in sharing.rows] == [("equal", ("b.w", "w"), ("m", "m.b"))]
+    assert sharing.saved == weight.nbytes
+    assert sharing.rows[0].what == "m.b.w[whole] ~ m.b.w[whole]: 2 groups → 1 values, 0 pruned"
 
 
 def test_the_table_says_it_shortly() -> None:

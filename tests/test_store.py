@@ -755,8 +755,8 @@ def folder(path: Path) -> None:
     ("make", "message"),
     [
         (foreign, "got an ordinary safetensors file; read it with safetensors.torch.load_file"),
-        (a_plan, "expected tying.model/1 or older, got tying.plan/1; pass a file that tying.save wrote"),
-        (newer, r"expected tying.model/1 or older, got tying.model/2; update tying"),
+        (a_plan, "expected tying.model/2 or older, got tying.plan/1; pass a file that tying.save wrote"),
+        (newer, r"expected tying.model/2 or older, got tying.model/3; update tying"),
         (another_kind, "got tying.sketch/1; pass a file that tying.save wrote"),
         (nonsense, "got one that can't be read"),
         (no_format, "got one that can't be read"),

@@ -131,7 +131,10 @@ def described(change) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("norm"), "norm: expected a module with none, got type=BatchNorm2d"),
+        (
+            lambda d: d.pop("norm"),
+            r"norm: expected no module of that name with tensors \(the saved model has none\), got BatchNorm2d; build",
+        ),
         (lambda d: d.update(extra={"type": "Linear", "tensors": {}}), "extra: expected a module with type=Linear"),
         (lambda d: d["head"].update(type="TiedConv2d"), "head: expected a module with type=TiedConv2d"),
         (lambda d: d["head"].update(in_features=7), "head: expected a module with type=Linear, in_features=7"),

@@ -282,11 +282,13 @@ def _newly_tied(model: nn.Module, description: Description) -> dict[str, list[in
 
 def _unlike(name: str, recorded: Mapping[str, Any] | None, held: Mapping[str, Any] | None) -> PlanError:
     def say(entry: Mapping[str, Any] | None) -> str:
-        return "none" if entry is None else ", ".join(f"{k}={v}" for k, v in entry.items())
+        return "none of that name" if entry is None else ", ".join(f"{k}={v}" for k, v in entry.items())
 
-    return PlanError(
-        f"{name}: expected a module with {say(recorded)}, got {say(held)}; build the model as it was before compacting"
-    )
+    if recorded is None and held is not None:
+        expected, got = "no module of that name with tensors (the saved model has none)", held["type"]
+    else:
+        expected, got = f"a module with {say(recorded)}", say(held)
+    return PlanError(f"{name}: expected {expected}, got {got}; build the model as it was before compacting")
 
 
 def _own(module: nn.Module) -> dict[str, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tying.errors import FileError, PlanError
 from tying.inspect.one import Inspection, look
 from tying.inspect.several import Sharing, compare
-from tying.store.checkpoint import read_tensors
+from tying.store.checkpoint import Entry, entry_of, read_tensors
 
 Source: TypeAlias = str | Path | Mapping[str, Tensor]
 
@@ -77,7 +77,7 @@ def inspect(source: Source, *others: Source, support: float = 0.05, tolerance: f
     return compare(_labelled([label for label, _ in opened]), [tensors for _, tensors in opened], tolerance)
 
 
-def _opened(source: Source) -> tuple[str, Iterable[tuple[str, Tensor]]]:
+def _opened(source: Source) -> tuple[str, Iterable[Entry]]:
     if isinstance(source, str | Path):
         return str(source), read_tensors(source)
     if not isinstance(source, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -85,7 +85,7 @@ def _opened(source: Source) -> tuple[str, Iterable[tuple[str, Tensor]]]:
             f"source: expected a path or a state dict, got {type(source).__name__}; pass model.state_dict()"
         )
     # a module's extra state may be anything
-    return "state dict", [(name, value) for name, value in source.items() if isinstance(value, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    return "state dict", [entry_of(name, value) for name, value in source.items() if isinstance(value, Tensor)]  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def _labelled(sources: list[str]) -> dict[str, str]:

@@ -17,12 +17,15 @@ from tying import words
 from tying.errors import FileError
 from tying.files.packing import bits_for
 from tying.groups import Groups
+from tying.store.checkpoint import Entry
 from tying.store.state import dtype_name
 
 MOST_COMPARED = 16_384
 """Of more input groups than this, an even sample is compared."""
 
 _PROJECTED, _BLOCK = 32, 256
+
+_SAME = "the same tensor as "
 
 _SLACK = 1e-5
 """What rounding may add to a squared relative distance of projections, with room: they only choose candidates."""
@@ -47,8 +50,9 @@ class Findings:
     values_left: int
     """Numbers that remain: distinct inputs × non-zero outputs × kernel."""
     bytes: int
+    """Of the weight in the checkpoint: fewer than its numbers have where ties are stored once already."""
     bytes_left: int
-    """Bytes of these numbers and of the packed labels."""
+    """Bytes of the numbers that remain and of the packed labels; never more than `bytes`."""
 
     @property
     def sampled(self) -> bool:
@@ -107,7 +111,7 @@ class Inspection:
         return _table(self)
 
 
-def look(label: str, tensors: Iterable[tuple[str, Tensor]], support: float, tolerance: float) -> Inspection:
+def look(label: str, entries: Iterable[Entry], support: float, tolerance: float) -> Inspection:
     """Look into one checkpoint, one tensor after another.
 
     Raises:
@@ -116,10 +120,10 @@ def look(label: str, tensors: Iterable[tuple[str, Tensor]], support: float, tole
     findings: list[Findings] = []
     skipped: list[Skipped] = []
     seen: dict[tuple[object, ...], str] = {}
-    for name, tensor in tensors:
+    for name, tensor, size in entries:
         reason = _unfit(tensor, seen.setdefault(identity(tensor), name), name)
         if reason is None:
-            findings.append(_look(name, tensor.detach(), support, tolerance))
+            findings.append(_look(name, tensor.detach(), size, support, tolerance))
         else:
             skipped.append(Skipped(name, reason))
     if not findings:
@@ -148,7 +152,7 @@ def _unfit(tensor: Tensor, first: str, name: str) -> str | None:
     if not tensor.numel():
         return "empty"
     if first != name:
-        return f"the same tensor as {first}"
+        return f"{_SAME}{first}"
     wrong = tensor.numel() - int(torch.isfinite(_float(tensor)).sum())
     return f"{wrong:,} of its numbers are NaN or infinite" if wrong else None
 
@@ -158,7 +162,7 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _look(name: str, tensor: Tensor, support: float, tolerance: float) -> Findings:
+def _look(name: str, tensor: Tensor, size: int, support: float, tolerance: float) -> Findings:
     weight = _float(tensor)
     kept_outputs = _kept(Groups.outputs().norms(weight), support)
     inputs = Groups.inputs().read(weight)
@@ -183,8 +187,8 @@ def _look(name: str, tensor: Tensor, support: float, tolerance: float) -> Findin
         zero_outputs=tensor.shape[0] - int(kept_outputs.sum()),
         values=tensor.numel(),
         values_left=left,
-        bytes=tensor.numel() * tensor.element_size(),
-        bytes_left=left * tensor.element_size() + math.ceil(len(inputs) * bits / 8),
+        bytes=size,
+        bytes_left=min(size, left * tensor.element_size() + math.ceil(len(inputs) * bits / 8)),
     )
 
 
@@ -279,5 +283,6 @@ def _times(sizes: Findings | Inspection) -> str:
 
 def reasons(skipped: tuple[Skipped, ...]) -> str:
     """Return how many were not looked at for which reason: `3 × 1 dimension, 1 × int64 numbers`."""
-    counts = Counter(item.reason for item in skipped)
+    same = "the same tensor as another"
+    counts = Counter(same if item.reason.startswith(_SAME) else item.reason for item in skipped)
     return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())

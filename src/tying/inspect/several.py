@@ -17,6 +17,7 @@ from tying.equal import equal_ties
 from tying.errors import FileError
 from tying.inspect.one import Skipped, identity, reasons
 from tying.plan import Tie
+from tying.store.checkpoint import Entry
 from tying.store.state import dtype_name
 
 Place = tuple[str, str]
@@ -44,7 +45,8 @@ class Row:
     distance: float | None
     """‖a − b‖ ÷ max(‖a‖, ‖b‖) of tensors of one name and shape, the largest over all pairs; 0 for equal ones."""
     bytes: int
-    """Of the tensors; 0 if another row counts them."""
+    """That the checkpoints hold for the tensors, what a file of `tying.save` ties counted once; 0 if another row counts
+    them."""
     bytes_left: int
     """With what is equal stored once, packed labels counted."""
 
@@ -84,20 +86,21 @@ class Sharing:
         return _table(self)
 
 
-def compare(sources: Mapping[str, str], tensors: Sequence[Iterable[tuple[str, Tensor]]], tolerance: float) -> Sharing:
-    """Compare checkpoints, given by short names and in the same order as names and tensors.
+def compare(sources: Mapping[str, str], entries: Sequence[Iterable[Entry]], tolerance: float) -> Sharing:
+    """Compare checkpoints, given by short names and in the same order as their tensors.
 
     Raises:
         FileError: If one of them holds no tensor.
     """
     held: dict[Place, Tensor] = {}
+    sizes: dict[Place, int] = {}
     skipped: list[Skipped] = []
-    for source, each in zip(sources, tensors, strict=True):
+    for source, each in zip(sources, entries, strict=True):
         seen: dict[tuple[object, ...], str] = {}
-        for name, tensor in each:
+        for name, tensor, size in each:
             reason = _unfit(tensor, seen.setdefault(identity(tensor), name), name)
             if reason is None:
-                held[source, name] = tensor.detach()
+                held[source, name], sizes[source, name] = tensor.detach(), size
             else:
                 skipped.append(Skipped(f"{source}.{name}", reason))
         if not any(place[0] == source for place in held):
@@ -105,21 +108,23 @@ def compare(sources: Mapping[str, str], tensors: Sequence[Iterable[tuple[str, Te
                 f"{sources[source]}: expected at least one floating-point tensor, got none of {len(seen)} tensors; "
                 "pass the checkpoint of a model"
             )
-    full = {f"{source}.{name}": (source, name) for source, name in held}
+    numbered = {source: str(i) for i, source in enumerate(sources)}  # names may have dots in them
+    full = {f"{numbered[source]}.{name}": (source, name) for source, name in held}
     ties = equal_ties({key: held[place] for key, place in full.items()})
     tied: dict[Place, int] = {}
     found: list[tuple[Place, Row]] = []
     for i, tie in enumerate(ties):
         places = [full[member.parameter] for member in tie.members]
         tied.update(dict.fromkeys(places, i))
-        found.append((places[0], _of_tie(tie, {place: held[place] for place in places})))
+        total = sum(sizes[place] for place in places)
+        found.append((places[0], _of_tie(tie, {place: held[place] for place in places}, total)))
     by_name: dict[str, list[Place]] = {}
     for place in held:
         by_name.setdefault(place[1], []).append(place)
     for places in by_name.values():
         alone = [place for place in places if place not in tied]
         if alone or len({tied[place] for place in places}) > 1:
-            counted = sum(_bytes(held[place]) for place in alone)
+            counted = sum(sizes[place] for place in alone)
             found.append((places[0], _of_name({place: held[place] for place in places}, counted, tolerance)))
     order = {place: i for i, place in enumerate(held)}
     found.sort(key=lambda entry: order[entry[0]])
@@ -137,15 +142,17 @@ def _unfit(tensor: Tensor, first: str, name: str) -> str | None:
     return f"the same tensor as {first}" if first != name else None
 
 
-def _of_tie(tie: Tie, tensors: Mapping[Place, Tensor]) -> Row:
+def _of_tie(tie: Tie, tensors: Mapping[Place, Tensor], counted: int) -> Row:
     kinds = {member.groups.kind for member in tie.members}
     labels = tie.partition.labels.tolist()
     turned = len(tie.members) > 1 and labels == [*range(tie.partition.classes)] * len(tie.members)
-    total = sum(map(_bytes, tensors.values()))
-    group = total // len(tie.partition)
+    group = sum(map(_bytes, tensors.values())) // len(tie.partition)
     left = tie.partition.classes * group + math.ceil(tie.partition.label_bits / 8)
     how: How = "equal" if kinds == {"whole"} else "transposed" if turned else "groups"
-    return Row(*_named(tensors), how, str(tie), _shapes(tensors), 0.0 if how == "equal" else None, total, left)
+    members = (f"{source}.{name}[{m.groups}]" for (source, name), m in zip(tensors, tie.members, strict=True))
+    what = " ~ ".join(members) + str(tie).removeprefix(" ~ ".join(map(str, tie.members)))
+    distance = 0.0 if how == "equal" else None
+    return Row(*_named(tensors), how, what, _shapes(tensors), distance, counted, min(counted, left))
 
 
 def _of_name(tensors: Mapping[Place, Tensor], counted: int, tolerance: float) -> Row:

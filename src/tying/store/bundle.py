@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from tying.enforce.surgery import Description
-from tying.errors import FileError
+from tying.errors import FileError, PlanError
 from tying.models import Models, by_name
 from tying.plan import Member, Partition, Tie, qualified
 from tying.store.state import State, views_of
@@ -40,18 +40,21 @@ def together(models: Models) -> nn.Module:
     return models if isinstance(models, nn.Module) else Together(by_name(models))
 
 
+_ONE = " (an nn.ModuleDict is one network, and so is what it was saved from)"
+
+
 def wanted(path: str | Path, models: Models, name: str | None, stored: Collection[str]) -> dict[str, nn.Module]:
     """Return the networks to read, by the names they have in the file; "" for the one of a file without names.
 
     Raises:
         FileError: If the file has no networks of these names; lists those it has.
-        PlanError: As `by_name`.
+        PlanError: As `by_name`; if there is a name beside models by name.
     """
     listed = ", ".join(map(repr, stored))
     if isinstance(models, nn.Module):
         if not stored and name is not None:
             raise FileError(
-                f"{path}: expected a bundle, to read {name!r} of it, got a single network; leave `name` out"
+                f"{path}: expected a bundle, to read {name!r} of it, got a single network; leave `name` out{_ONE}"
             )
         if stored and name is None:
             raise FileError(
@@ -61,11 +64,11 @@ def wanted(path: str | Path, models: Models, name: str | None, stored: Collectio
     else:
         parts = by_name(models)
         if name is not None:
-            raise FileError(f"name: expected none beside models by name, got {name!r}; leave it out, or pass one model")
+            raise PlanError(f"name: expected none beside models by name, got {name!r}; leave it out, or pass one model")
         if not stored:
             raise FileError(
                 f"{path}: expected a bundle of {', '.join(map(repr, parts))}, got a single network; "
-                "pass the model itself"
+                f"pass the model itself{_ONE}"
             )
         if not parts:
             raise FileError(f"{path}: expected models by name, got none; the bundle has {listed}")

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tying.errors import FileError
 from tying.files.sealed import KEY, unseal
-from tying.store.network import KIND, VERSION
+from tying.store.network import KIND, VERSION, contents
+from tying.store.record import Understood, steps_of
+from tying.store.shares import bytes_of_each
 
 _HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 """Where training scripts put a state dict beside the optimizer's."""
@@ -23,11 +25,21 @@ _BOLD = re.compile(r"\x1b\[\d*m")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
-def read_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of a `.safetensors` file, of a file `tying.save` wrote, or of a saved state dict.
+class Entry(NamedTuple):
+    """A tensor of a checkpoint."""
+
+    name: str
+    tensor: Tensor
+    bytes: int
+    """That the checkpoint holds for it: fewer than the tensor has where it shares its values with others."""
+
+
+def read_tensors(path: str | Path) -> Iterator[Entry]:
+    """Yield the tensors of a `.safetensors` file, of a file `tying.save` wrote, or of a saved state dict.
 
     The kind is told by the content, not by the name. A state dict saved by `torch.save` is loaded with
-    `weights_only=True`: a pickle that wants to run something is refused.
+    `weights_only=True`: a pickle that wants to run something is refused. Of a file `tying.save` wrote, the networks'
+    own tensors: labels unpacked, tied weights whole, one object under all names that shared it.
 
     Raises:
         FileError: If the file is not there, truncated, of no such kind, or would run code.
@@ -59,24 +71,48 @@ def _kind(path: Path) -> str:
     )
 
 
-def _safetensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+def _safetensors(path: str | Path) -> Iterator[Entry]:
     try:
         with safe_open(str(path), framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
             names: list[str] = list(file.keys())
             record: str | None = (file.metadata() or {}).get(KEY)
             if record is None:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    yield entry_of(name, file.get_tensor(name))
                 return
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"{path}: expected a whole .safetensors file, got one that can't be read ({error}); "
             "it is truncated or damaged: copy or save it again"
         ) from error
-    yield from unseal(path, kind=KIND, version=VERSION)[0].items()
+    yield from _saved(path)
 
 
-def _state_dict(path: str | Path, *, mapped: bool) -> Iterator[tuple[str, Tensor]]:
+def entry_of(name: str, tensor: Tensor) -> Entry:
+    """Return a tensor that shares its values with no other."""
+    return Entry(name, tensor, tensor.numel() * tensor.element_size())
+
+
+def _saved(path: str | Path) -> list[Entry]:
+    """The tensors of what `tying.save` wrote."""
+    stored, record = unseal(path, kind=KIND, version=VERSION)
+    with Understood(path):
+        state, _ = contents(stored, record)
+        steps = steps_of(stored, record)
+        sizes = bytes_of_each(state, stored, steps)
+        first = dict(state.aliases)
+        for step in steps:
+            shared, *others = [member.parameter for member in step.tie.members]
+            if step.is_one_tensor:
+                first.update(dict.fromkeys(others, shared))
+                sizes[shared] += sum(sizes[name] for name in others)
+        own = {name: tensor for name, tensor in state.tensors.items() if name not in first}
+        own.update({name: view.of(state.tensors[view.base]) for name, view in state.views.items()})
+        names = {name: name for name in own} | {name: first.get(source, source) for name, source in first.items()}
+        return [Entry(name, own[source], sizes[source]) for name, source in names.items()]
+
+
+def _state_dict(path: str | Path, *, mapped: bool) -> Iterator[Entry]:
     try:
         with warnings.catch_warnings():  # about archives that are refused anyway
             warnings.simplefilter("ignore")
@@ -90,7 +126,7 @@ def _state_dict(path: str | Path, *, mapped: bool) -> Iterator[tuple[str, Tensor
     state = _find_state(content)
     if state is None:
         raise FileError(f"{path}: expected a state dict, got {_described(content)}; save model.state_dict() by itself")
-    yield from state.items()
+    yield from (entry_of(name, tensor) for name, tensor in state.items())
 
 
 def _find_state(content: Any) -> dict[str, Tensor] | None:

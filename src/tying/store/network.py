@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tying.enforce.surgery import Description, describe, rebuild
 from tying.errors import FileError, PlanError, TyingError
@@ -22,7 +22,11 @@ from tying.store.state import State, check_not_outgrown, check_transient, collec
 from tying.store.ties import Tied, in_force, known_gradient, tie_again_, untied
 from tying.store.unique import plan_in_force, unique_set
 
-KIND, VERSION = "tying.model", 1
+KIND, VERSION = "tying.model", 2
+"""Version 1 is of one network without ties of `tie_`; 2 has several, and ties across parameters."""
+
+
+_ANOTHER = "expected the architecture that was saved, got another"
 
 
 def save(models: Models, path: str | Path, *, plan: TiePlan | None = None) -> None:
@@ -38,8 +42,9 @@ def save(models: Models, path: str | Path, *, plan: TiePlan | None = None) -> No
         models: One network, or several by name: `{"a": model_a, "b": model_b}`. Any dtype, device and mode; not
             written to.
         path: The file appears whole or not at all: a full disk or Ctrl-C leaves the old one.
-        plan: Kept with the network (see `load_plan`), also where it speaks of the network before compacting; without
-            one, the ties in force. Of `match(models, equal=True)`, it stores once what is equal and not yet tied.
+        plan: Kept with the network, for `tying.store.load_plan`, also where it speaks of the network before
+            compacting; without one, the ties in force. Of `match(models, equal=True)`, it stores once what is equal
+            and not yet tied.
 
     Raises:
         FileError: If the state dict holds what safetensors or JSON can't.
@@ -74,7 +79,7 @@ def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
     for name, tensor in {**state.tensors, **unique.parameters}.items():
         if name not in hidden or name in unique.parameters:
             written.put(name, tensor)
-    known = {tie: place for place, (tie, _) in enumerate(ties)}
+    places = {tie: place for place, (tie, _) in enumerate(ties)}
     record = {
         "models": [] if isinstance(models, nn.Module) else list(models),
         "architecture": without_known(_described(plain), state),
@@ -88,14 +93,17 @@ def encode(models: Models, *, plan: TiePlan | None = None) -> bytes:
         "frozen": sorted(state.frozen),
         "extra": dict(state.extra),
         "transient": dict(state.transient),
-        "steps": [[known.get(step.tie, written.tie(step.tie)), step.shapes] for step in unique.steps],
+        "steps": [
+            [places[step.tie] if step.tie in places else written.tie(step.tie), step.shapes] for step in unique.steps
+        ],
         "ties": [[written.tie(tie), gradient] for tie, gradient in ties],
         "plan": written.plan(plan if plan is not None else plan_in_force(whole)),
         "plan given": plan is not None,
         "packed": written.packed,
         "labels": written.labels,
     }
-    return seal(written.tensors, {k: v for k, v in record.items() if v}, kind=KIND, version=VERSION)
+    version = VERSION if record["models"] or record["ties"] else 1
+    return seal(written.tensors, {k: v for k, v in record.items() if v}, kind=KIND, version=version)
 
 
 @overload
@@ -123,7 +131,7 @@ def load(path: str | Path, models: Models, *, name: str | None = None) -> nn.Mod
         FileError: If the file is not there, truncated, foreign, changed since, or newer than this version reads, or
             if a model is of another architecture; names the tensor or module. If a bundle is read as one network or
             one network as a bundle, or has none of that name.
-        PlanError: If the models are not a network, or networks by names without dots.
+        PlanError: If the models are not a network, or networks by names without dots; if there is a name beside them.
 
     Example:
         >>> import tempfile, os
@@ -142,26 +150,35 @@ def load(path: str | Path, models: Models, *, name: str | None = None) -> nn.Mod
         names = [str(each) for each in record.get("models", ())]
     parts = wanted(path, models, name, names)
     with Understood(path):
-        state = state_of(stored, record)
-        old = record.get("tie_", ())
-        ties: list[Tied] = [
-            (tie_of(entry, stored, record), known_gradient(gradient))
-            for entry, gradient in old or record.get("ties", ())
-        ]
-        if old:
-            state = before.weights_of(state, [tie for tie, _ in ties], record)
+        state, ties = contents(stored, record)
         description = with_known(record.get("architecture", {}), state)
         if names and set(parts) < set(names):
             shapes = state.shapes()
             state, known = only(state, parts)
-            ties = [(left, each) for tie, each in ties if (left := tie_within(tie, known, shapes)) is not None]
+            ties = _within(ties, known, shapes)
     try:
         built = _built(parts, description, state, ties)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     except TyingError as error:
-        raise FileError(f"{path}: expected the architecture that was saved, got another: {error}") from error
+        raise FileError(f"{path}: {_ANOTHER}: {error}") from error
     return next(iter(built.values())) if isinstance(models, nn.Module) else built
+
+
+def contents(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> tuple[State, list[Tied]]:
+    """Return the state of all networks in a file, weights whole, and the ties that were in force."""
+    state = state_of(stored, record)
+    old = record.get("tie_", ())
+    ties: list[Tied] = [
+        (tie_of(entry, stored, record), known_gradient(gradient)) for entry, gradient in old or record.get("ties", ())
+    ]
+    if old:
+        state = before.weights_of(state, [tie for tie, _ in ties], record)
+    return state, ties
+
+
+def _within(ties: list[Tied], known: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> list[Tied]:
+    return [(left, each) for tie, each in ties if (left := tie_within(tie, known, shapes)) is not None]
 
 
 def load_plan(path: str | Path) -> TiePlan:
@@ -208,4 +225,4 @@ def _rebuilt(name: str, model: nn.Module, description: Description) -> nn.Module
     except TyingError as error:
         if not name:
             raise
-        raise FileError(f"in {name!r}: expected the architecture that was saved, got another: {error}") from error
+        raise FileError(f"in {name!r}: {_ANOTHER}: {error}") from error

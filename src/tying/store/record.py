@@ -88,9 +88,7 @@ def state_of(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
     """Return the networks' state: labels unpacked, tied weights whole again."""
     labels = set(record.get("labels", ()))
     tensors = {name: _unpacked(name, stored, record) for name in stored if name not in labels}
-    for entry, shapes in reversed(record.get("steps", [])):
-        entry = record["ties"][entry][0] if isinstance(entry, int) else entry
-        step = Step(tie_of(entry, stored, record), tuple(tuple(shape) for shape in shapes))
+    for step in reversed(steps_of(stored, record)):
         tensors.update(step.undo(tensors))
     views = {name: View(base, tuple(s), tuple(t), at) for name, (base, s, t, at) in record.get("views", {}).items()}
     for view in views.values():
@@ -106,6 +104,15 @@ def state_of(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> State:
         record.get("extra", {}),
         {name: (dtype, tuple(shape)) for name, (dtype, shape) in record.get("transient", {}).items()},
     )
+
+
+def steps_of(stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> list[Step]:
+    """Return the ties that the file stores once, in the order in which they were."""
+    steps: list[Step] = []
+    for entry, shapes in record.get("steps", ()):
+        entry = record["ties"][entry][0] if isinstance(entry, int) else entry
+        steps.append(Step(tie_of(entry, stored, record), tuple(tuple(shape) for shape in shapes)))
+    return steps
 
 
 def _unpacked(name: str, stored: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:

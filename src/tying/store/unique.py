@@ -30,6 +30,13 @@ class Step:
     shapes: tuple[tuple[int, ...], ...]
     """Of each member, before."""
 
+    @property
+    def is_one_tensor(self) -> bool:
+        """Whether all members are equal as a whole."""
+        partition = self.tie.partition
+        whole = all(member.groups.kind == "whole" for member in self.tie.members)
+        return whole and partition.classes == 1 and not partition.pruned
+
     def undo(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the members' parameters as they were before the step, bit for bit."""
         first = self.tie.members[0]
