@@ -804,7 +804,7 @@ def test_what_does_not_fit_the_models_is_refused_by_name() -> None:
     refused(
         square,
         SoftTie(TiePlan([tied([0, 1] * 2, ("weight", INPUTS), ("weight", OUTPUTS))]), 1.0),
-        "expected every number once, got weight by outputs and by inputs",
+        "expected every number once, got weight by inputs and by outputs",
     )
 
 
@@ -832,6 +832,8 @@ def test_what_is_malformed_is_refused_when_it_is_built() -> None:
         {**anchor, "a.0.weight": None},
         {**anchor, "a.0.weight": torch.ones(2, 3, dtype=torch.int32)},
         {**anchor, "a.0.weight": torch.ones(4, 3)},
+        {**anchor, "a.0.weight": torch.full((2, 3), math.nan)},
+        {**anchor, "a.0.weight": torch.ones(2, 3, device="meta")},
     ):
         with pytest.raises(PlanError, match="to"):
             SoftTie(plan, 1.0, to=broken)  # pyright: ignore
@@ -865,6 +867,77 @@ def test_what_is_wrong_at_a_call_is_refused_and_nothing_changes() -> None:
         with torch.no_grad():
             models["b"][0].bias[1] = spoilt
         refused(models, SoftTie(case.plan, 1.0), r"0\.bias: expected finite weights, got NaN or infinity", PenaltyError)
+
+
+def test_an_anchor_has_the_shape_of_its_weight() -> None:
+    """As many numbers, or as many groups of one length, are not enough: they would face others."""
+    turned = SoftTie(TiePlan([whole("weight")]), 1.0, to={"weight": torch.arange(6.0).reshape(3, 2)})
+    message = r"to\['weight'\]: expected an anchor of the shape \(2, 3\) that weight has, got \(3, 2\)"
+    model = nn.Linear(3, 2, bias=False)
+    refused(model, turned, message)
+    with pytest.raises(PlanError, match=message):
+        turned(model)
+    kernel = nn.Conv2d(3, 2, (1, 4), bias=False)
+    refused(
+        kernel, SoftTie(TiePlan([tied([0, 1, 2], ("weight", INPUTS))]), 1.0, to={"weight": torch.ones(8, 3)}), "shape"
+    )
+
+
+@pytest.mark.parametrize("distance", ["l2", "l1", "huber", "norm"])
+@pytest.mark.parametrize("strength", [0.1, math.inf])
+def test_a_weight_that_is_not_finite_is_not_mended_by_an_anchor_or_by_pruning(distance: str, strength: float) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    pruned = TiePlan([tied([-1, 0], ("weight", OUTPUTS))])
+    for soft in (
+        SoftTie(pruned, strength, distance),
+        SoftTie(TiePlan([whole("weight")]), strength, distance, to={"weight": torch.zeros(2, 2)}),
+    ):
+        refused(model, soft, "weight: expected finite weights, got NaN or infinity", PenaltyError)
+
+
+def test_a_visit_to_another_device_leaves_the_soft_tie_as_it_was() -> None:
+    models = {name: nn.Linear(4, 2, bias=False) for name in "ab"}
+    plan = TiePlan([tied([0, 1, -1, 2, 0, 1, 2, 2], ("a.weight", INPUTS), ("b.weight", INPUTS))])
+    anchor = {f"{name}.weight": torch.ones(2, 4) for name in "ab"}
+    for soft in (SoftTie(plan, 1.0), SoftTie(plan, 1.0, to=anchor)):
+        value = soft(models)
+        assert soft({name: copy.deepcopy(model).to("meta") for name, model in models.items()}).is_meta
+        assert torch.equal(soft(models), value)
+
+
+def test_one_parameter_under_two_names_among_others_is_refused() -> None:
+    """It would count once where Ω counts it twice; two names of one parameter alone are equal already."""
+    models = {name: nn.Linear(2, 2, bias=False) for name in "abc"}
+    models["b"].weight = models["a"].weight
+    three = SoftTie(TiePlan([whole("a.weight", "b.weight", "c.weight")]), 1.0)
+    refused(models, three, r"expected every number once, got one parameter as a\.weight.* and as b\.weight")
+    before = bits(models)
+    SoftTie(TiePlan([whole("a.weight", "b.weight")]), 1.0).prox_(models, 1.0)
+    assert bits(models) == before
+
+
+def test_ties_that_undo_each_other_are_refused() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    plan = TiePlan([tied([0, 0], ("weight", OUTPUTS)), tied([0, 0, 1, 2, 3, 4], ("weight", ELEMENTS))])
+    refused(model, SoftTie(plan, 1.0), r"weight.*: expected one tie, or one over its inputs and one over its outputs")
+
+
+def test_the_remedy_for_a_frozen_member_is_the_same_force() -> None:
+    models = {name: nn.Linear(2, 2, bias=False) for name in "ab"}
+    models["b"].requires_grad_(False)
+    apart = SoftTie(TiePlan([whole("a.weight", "b.weight")]), 0.5)
+    drawn = SoftTie(TiePlan([Tie.of("a.weight", Groups.whole(), [0])]), 0.5, to={"a.weight": models["b"].weight})
+    torch.testing.assert_close(drawn(models), apart(models))
+    frozen = models["b"].weight.clone()
+    drawn.prox_(models, 1e12)
+    torch.testing.assert_close(models["a"].weight.detach(), frozen)
+
+
+def test_no_strength_is_in_float32_at_least() -> None:
+    models = {"a": nn.Linear(2, 2).bfloat16(), "b": nn.Linear(2, 2).bfloat16()}
+    assert SoftTie(match(models), 0.0)(models).dtype == SoftTie(match(models), 1.0)(models).dtype == torch.float32
 
 
 def test_cross_entropy_in_three_lines() -> None:

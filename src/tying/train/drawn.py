@@ -17,7 +17,7 @@ from tying.groups import Groups
 from tying.models import Models, by_name, parameters_of
 from tying.penalties.distances import Distance, Stack, stacked
 from tying.penalties.tensors import Argument, check_floating
-from tying.plan import Partition, Tie, TiePlan
+from tying.plan import Member, Partition, Tie, TiePlan
 from tying.train.shards import is_sharded
 
 _PIECE = 1 << 14
@@ -40,24 +40,24 @@ class Drawn:
         self._in_order = members > 1 and np.array_equal(labels, np.tile(np.arange(tie.partition.classes), members))
         self._stacks = () if to == "anchor" else _stacks(tie.partition)
         self._pruned = torch.from_numpy(np.flatnonzero(labels < 0))
+        self._elsewhere: dict[tuple[int, torch.device], Tensor] = {}
 
     def value(self, weights: Mapping[str, Tensor], distance: Distance) -> Tensor:
         """Return Ω at strength 1, a differentiable scalar; in float32 at least."""
         tensors = [weights[member.parameter] for member in self.tie.members]
         tensors = [tensor.to(_common(tensors)) for tensor in tensors]
         reads = self._read(tensors, distance)
-        self._move_to(reads[0])
         if self.to == "anchor":
-            anchors = self._read([each.to(reads[0].dtype) for each in self._anchors_of_members()], distance)
+            anchors = self._read([each.to(reads[0].dtype) for each in self._anchors_of(tensors)], distance)
             return _sum([distance.between(mine, anchor) for mine, anchor in zip(reads, anchors, strict=True)])
         if self._side_by_side(reads):
             if len(reads[0]) == 1:
                 reads = [tensor.reshape(-1) for tensor in tensors]  # one group: one sum less, there and back
             return _sum([self._apart(reads, distance)])
         matrix = torch.cat(reads)
-        terms = [self._apart(_take(matrix, index), distance) for index in self._stacks]
+        terms = [self._apart(_take(matrix, self._at(index, matrix)), distance) for index in self._stacks]
         if len(self._pruned):
-            pruned = _take(matrix, self._pruned)
+            pruned = _take(matrix, self._at(self._pruned, matrix))
             terms.append(distance.between(pruned, torch.zeros_like(pruned)))
         return _sum(terms) if terms else nothing(tensors)
 
@@ -70,10 +70,9 @@ class Drawn:
         names = [member.parameter for member in self.tie.members]
         tensors = [weights[name].detach() for name in names]
         reads = self._read(tensors, distance)
-        self._move_to(reads[0])
         piece = _PIECE if distance.elementwise else max(1, *(read.shape[1] for read in reads))
         if self.to == "anchor":
-            anchors = self._read(self._anchors_of_members(), distance)
+            anchors = self._read(self._anchors_of(tensors), distance)
             toward = functools.partial(_toward, distance=distance, step=step)
             drawn = [
                 _by_pieces(toward, [mine, anchor], 1, piece)[0] for mine, anchor in zip(reads, anchors, strict=True)
@@ -92,10 +91,11 @@ class Drawn:
 
     def _prox_of_matrix(self, matrix: Tensor, distance: Distance, step: float) -> Tensor:
         result = matrix.clone()
-        for index in self._stacks:
+        for index in (self._at(each, matrix) for each in self._stacks):
             result[index] = stacked(self._together(_take(matrix, index), distance, step))
         if len(self._pruned):
-            result[self._pruned] = distance.shrink(_take(matrix, self._pruned), step)
+            pruned = self._at(self._pruned, matrix)
+            result[pruned] = distance.shrink(_take(matrix, pruned), step)
         return result
 
     def _apart(self, stack: Stack, distance: Distance) -> Tensor:
@@ -126,15 +126,35 @@ class Drawn:
             )
         return False
 
-    def _anchors_of_members(self) -> list[Tensor]:
-        return [self._anchors[member.parameter] for member in self.tie.members]
+    def _anchors_of(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors of the members, where the weights are.
 
-    def _move_to(self, weight: Tensor) -> None:
-        """Bring along what lies elsewhere: once, when the models move."""
-        if self._pruned.device != weight.device:
-            self._pruned = self._pruned.to(weight.device)
-            self._stacks = tuple(index.to(weight.device) for index in self._stacks)
-            self._anchors = {name: anchor.to(weight.device) for name, anchor in self._anchors.items()}
+        Raises:
+            PlanError: Names the parameter whose anchor has another shape.
+        """
+        names = [member.parameter for member in self.tie.members]
+        for name, weight in zip(names, weights, strict=True):
+            if self._anchors[name].shape != weight.shape:
+                raise PlanError(
+                    f"to[{name!r}]: expected an anchor of the shape {tuple(weight.shape)} that {name} has, got "
+                    f"{tuple(self._anchors[name].shape)}; give the tensor that this parameter is drawn to"
+                )
+        return [self._at(self._anchors[name], weight) for name, weight in zip(names, weights, strict=True)]
+
+    def _at(self, mine: Tensor, weight: Tensor) -> Tensor:
+        """Return what is laid out here where a weight is: moved once per device, while the original stays."""
+        if mine.device == weight.device:
+            return mine
+        key = id(mine), weight.device
+        moved = self._elsewhere.get(key)
+        if moved is None:
+            moved = mine.to(weight.device)
+            if type(moved) is Tensor and not moved.is_meta:
+                self._elsewhere[key] = moved
+        return moved
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_elsewhere": {}}
 
 
 def weights_of(plan: TiePlan, models: Models) -> dict[str, Tensor]:
@@ -167,21 +187,46 @@ def check_trained(plan: TiePlan, weights: Mapping[str, Tensor]) -> None:
             )
         if not weight.requires_grad:
             raise PlanError(
-                f"{name}: expected a parameter in training, got a frozen one; draw the others to it with to={{name: "
-                "tensor}, or unfreeze it"
+                f"{name}: expected a parameter in training, got a frozen one; unfreeze it, or draw each other one to "
+                f"it by a tie of its own: SoftTie(TiePlan([Tie.of(other, Groups.whole(), [0])]), strength, to={{other: "
+                f"value of {name}}})"
             )
         if is_sharded(weight):
             raise PlanError(f"{name}: expected a plain parameter, got a sharded one; use the value in the loss")
         if weight.is_meta:
             raise PlanError(f"{name}: expected numbers, got a parameter on the meta device; load the model first")
+    over: dict[int, dict[Tie, str]] = {}
     for tie in plan:
-        readings: dict[int, Groups] = {}
+        _check_distinct(tie, weights)
         for member in tie.members:
-            if readings.setdefault(id(weights[member.parameter]), member.groups) != member.groups:
-                raise PlanError(
-                    f"{tie}: expected every number once, got {member.parameter} by {member.groups} and by "
-                    f"{readings[id(weights[member.parameter])]}; use the value in the loss"
-                )
+            over.setdefault(id(weights[member.parameter]), {})[tie] = str(member)
+    for ties in over.values():
+        kinds = sorted(m.rpartition("[")[2] for m in ties.values())
+        if len(ties) > 1 and kinds != ["inputs]", "outputs]"]:
+            raise PlanError(
+                f"{next(iter(ties.values()))}: expected one tie, or one over its inputs and one over its outputs, got "
+                f"{' and '.join(f'({tie})' for tie in ties)}, which undo each other; merge their labels into one tie, "
+                "or use the value in the loss"
+            )
+
+
+def _check_distinct(tie: Tie, weights: Mapping[str, Tensor]) -> None:
+    """Raise unless the tie has every number once; or is over one parameter alone, which is equal to itself."""
+    first: dict[int, Member] = {}
+    again = [m for m in tie.members if first.setdefault(id(weights[m.parameter]), m) is not m]
+    for member in again:
+        known = first[id(weights[member.parameter])]
+        if known.groups != member.groups:
+            raise PlanError(
+                f"{tie}: expected every number once, got {member.parameter} by {known.groups} and by "
+                f"{member.groups}; use the value in the loss"
+            )
+    copies = np.tile(np.arange(tie.partition.classes), len(tie.members))
+    if again and not (len(first) == 1 and np.array_equal(tie.partition.labels, copies)):
+        raise PlanError(
+            f"{tie}: expected every number once, got one parameter as {first[id(weights[again[0].parameter])]} and as "
+            f"{again[0]}; name it once in the plan, or use the value in the loss"
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -199,7 +244,7 @@ def total_of(scalars: Sequence[Tensor]) -> Tensor:
 
 def nothing(tensors: Sequence[Tensor]) -> Tensor:
     """Return 0 as a sum over none of the weights, so that a backward pass finds its way."""
-    return _sum([tensor.reshape(-1)[:0] for tensor in tensors[:1]])
+    return _sum([tensor.reshape(-1)[:0].to(_common(tensors)) for tensor in tensors[:1]])
 
 
 def _weight(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
@@ -247,6 +292,12 @@ def _anchors(tie: Tie, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise PlanError(
                 f"to[{member.parameter!r}]: expected an anchor of real numbers for every parameter of the plan, "
                 f"got {kind}; the anchor has {', '.join(list(given)[:8]) or 'nothing'}"
+            )
+        if anchor.is_meta or not is_finite(anchor):
+            raise PlanError(
+                f"to[{member.parameter!r}]: expected a finite anchor, got "
+                f"{'one on the meta device' if anchor.is_meta else 'NaN or infinity in it'}; give the tensor that "
+                f"{member.parameter} is drawn to"
             )
     try:
         tie.check_fits(given)

@@ -94,7 +94,7 @@ class SoftTie:
         self._drawn = [Drawn(tie, self.to, anchors) for tie in plan]
 
     def __call__(self, models: Models, *, progress: float | None = None) -> Tensor:
-        """Return Ω, to add to the loss: a differentiable scalar in the weights' dtype, float32 at least.
+        """Return Ω, to add to the loss: a differentiable scalar in the weights' common dtype, float32 at least.
 
         It costs a few passes over the weights of the plan. For `"l2"` and two members its gradient is
         2 · strength · (w_A − w_B). Compiles, is left alone by autocast, and takes shards (DTensor) of whole tensors.
@@ -129,8 +129,9 @@ class SoftTie:
         anchor, which takes the place of w̄). `"l1"`: by sorting, Shakerinava et al., arXiv 2311.03096. `"huber"`,
         `"norm"`: the difference of two members, or to an anchor, shrinks. Infinite strength gives the projection: all
         groups of a label get their mean bit for bit, pruned ones zero; so does `tie_`, once and for good. `"cosine"`
-        has no prox. Ties over several `Groups` of one parameter are applied in order. For SGD: after an optimizer that
-        scales the gradient number by number, as Adam, no prox comes to rest where the loss term does; add that instead.
+        has no prox. Ties over the inputs and over the outputs of one parameter are applied in order. For SGD: after
+        an optimizer that scales the gradient number by number, as Adam, no prox comes to rest where the loss term does;
+        add that instead.
 
         Computed in float64. All results are found and checked before the first is written.
 
@@ -142,13 +143,15 @@ class SoftTie:
             progress: Of training, in [0, 1]: needed where a strength is a schedule.
 
         Raises:
-            PlanError: As when called, or names the parameter that can't be written to. Nothing has changed then.
+            PlanError: As when called, or names the parameter that can't be written to, that is two members of one tie,
+                or that several ties share in any other way. Nothing has changed then.
             PenaltyError: As when called, if the distance has no prox for so many members, or names the parameter that
                 has NaN or infinity in it. Nothing has changed then.
         """
         length = check_not_negative("step", step)
         weights = weights_of(self.plan, models)
         check_trained(self.plan, weights)
+        _check_finite(weights)
         aliases: dict[int, list[str]] = {}
         for name, weight in weights.items():
             aliases.setdefault(id(weight), []).append(name)
@@ -158,12 +161,7 @@ class SoftTie:
                 for name, new in drawn.prox(current, self.distance, length * strength).items():
                     current.update(dict.fromkeys(aliases[id(weights[name])], new))
         changed = {name: new for name, new in current.items() if new is not weights[name]}
-        for name, new in changed.items():
-            if not is_finite(new):
-                raise PenaltyError(
-                    f"{name}: expected finite weights, got NaN or infinity; training has diverged: lower the learning "
-                    "rate, or start again from a checkpoint"
-                )
+        _check_finite(changed)
         for name, new in changed.items():
             weights[name].copy_(new)
 
@@ -193,6 +191,15 @@ class SoftTie:
 
     def __repr__(self) -> str:
         return f"SoftTie({len(self.plan)} ties, strength={self.strength!r}, distance={self.distance!r}, to={self.to!r})"
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            raise PenaltyError(
+                f"{name}: expected finite weights, got NaN or infinity; training has diverged: lower the learning "
+                "rate, or start again from a checkpoint"
+            )
 
 
 def _kind(to: object) -> To:
