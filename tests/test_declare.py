@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tying import declare
+from tying import declare, match
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, TiePlan
+from tying.train.soft import SoftTie
 
 INPUTS, OUTPUTS, WHOLE = Groups.inputs(), Groups.outputs(), Groups.whole()
 
@@ -196,3 +197,14 @@ def test_bad_input_is_refused_by_name_and_the_model_stays(said: dict[str, Any], 
     with pytest.raises(PlanError, match=message):
         declare(model, **said)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_name_stands_for_itself_though_a_pattern_could_be_read_in_it() -> None:
+    model = nn.ModuleDict({"heads[0]": nn.Linear(2, 2), "heads0": nn.Linear(2, 2), "heads1": nn.Linear(2, 2)})
+    plan = declare(model, equal=[["heads[0].weight", "heads1.weight"]])
+    assert [member.parameter for member in plan.ties[0].members] == ["heads[0].weight", "heads1.weight"]
+    soft = SoftTie(plan, {"heads[0].weight": 2.0})
+    assert soft(model).item() > 0
+    pairs = {"a.heads[0].weight": "b.heads[0].weight"}
+    matched = match({"a": model, "b": copy.deepcopy(model)}, pairs=pairs)
+    assert [member.parameter for member in matched.ties[0].members] == ["a.heads[0].weight", "b.heads[0].weight"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +11,7 @@ from torch import nn
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.models import Models, by_name, parameters_of
+from tying.patterns import fitting
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
 
 Selector = str | type[nn.Module] | tuple[str | type[nn.Module], Groups]
@@ -45,14 +45,15 @@ def declare(
         TiePlan (declare: by hand)
           encoder.weight[outputs] ~ decoder.weight[inputs]: 6 groups → 3 values, 0 pruned
     """
-    parameters = parameters_of(models)
+    named = _Named(models)
+    parameters = named.parameters
     ties = [_labelled(key, given) for key, given in (labels or {}).items()]
     for selectors in equal:
         if isinstance(selectors, str):
             raise PlanError(
                 f"equal: expected sets of parameters, got the name {selectors!r}; write equal=[[{selectors!r}, ...]]"
             )
-        members = _select(models, selectors)
+        members = _select(named, selectors)
         if len(members) < 2:
             raise PlanError(
                 f"equal: expected at least two parameters for {_listed(selectors)}, got {len(members)}; "
@@ -76,6 +77,24 @@ def declare(
     return plan
 
 
+class _Named:
+    """The models' parameters and modules by full name, and in which model each parameter stands: read once."""
+
+    def __init__(self, models: Models) -> None:
+        prefixed = by_name(models)
+        self.parameters = parameters_of(models)
+        self.model = {
+            qualified(prefix, name): prefix
+            for prefix, model in prefixed.items()
+            for name, _ in model.named_parameters(remove_duplicate=False)
+        }
+        self.modules = [
+            (qualified(prefix, name), module)
+            for prefix, model in prefixed.items()
+            for name, module in model.named_modules()
+        ]
+
+
 def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
     if not isinstance(key, tuple) or len(key) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
         raise PlanError(
@@ -85,36 +104,31 @@ def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
     return Tie.of(*key, labels)
 
 
-def _select(models: Models, selectors: Sequence[Selector]) -> list[Member]:
+def _select(named: _Named, selectors: Sequence[Selector]) -> list[Member]:
     """Return what the set selects, in its order: of a weight with several names in one model, the first selected."""
-    parameters = parameters_of(models)
     known: dict[tuple[str, int, Groups], str] = {}
     members: list[Member] = []
     for selector in selectors:
         groups = selector[1] if isinstance(selector, tuple) else Groups.whole()
-        for prefix, name in _names(models, selector):
-            first = known.setdefault((prefix, id(parameters[name]), groups), name)
+        for name in _names(named, selector):
+            first = known.setdefault((named.model[name], id(named.parameters[name]), groups), name)
             if first == name:  # selected twice by one name: the tie says so
                 members.append(Member(name, groups))
     return members
 
 
-def _names(models: Models, selector: Selector) -> list[tuple[str, str]]:
-    """Return the names that a selector stands for, each after its model's."""
+def _names(named: _Named, selector: Selector) -> list[str]:
+    """Return the names that a selector stands for."""
     pattern = selector[0] if isinstance(selector, tuple) else selector
-    found: list[tuple[str, str]] = []
-    for prefix, model in by_name(models).items():
-        known = parameters_of({prefix: model} if prefix else model)
-        if isinstance(pattern, str):
-            names = [name for name in known if fnmatchcase(name, pattern)]
-        else:
-            modules = [name for name, module in model.named_modules() if isinstance(module, pattern)]
-            names = [qualified(prefix, qualified(name, "weight")) for name in modules]
-        found += [(prefix, name) for name in names if name in known]
+    if isinstance(pattern, str):
+        found = [pattern] if pattern in named.parameters else fitting(pattern, named.parameters)
+    else:
+        weights = (qualified(name, "weight") for name, module in named.modules if isinstance(module, pattern))
+        found = [name for name in weights if name in named.parameters]
     if not found:
         raise PlanError(
             f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has "
-            f"{', '.join(parameters_of(models))}: name one of them"
+            f"{', '.join(named.parameters)}: name one of them"
         )
     return found
 

@@ -196,6 +196,8 @@ def _resolved(
             )
     regex = re.compile("(.*)".join(map(re.escape, left.pattern.split("*"))))
     matched = [(name, found.groups()) for name in parameters.named if (found := regex.fullmatch(name))]
+    if left.pattern in parameters.named:
+        matched = [(left.pattern, ())]
     if not matched:
         raise PlanError(_no_such(left.pattern, parameters))
     whole = all(selector.groups is None for selector in selectors)
@@ -294,7 +296,7 @@ class _Table:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self.members: dict[tuple[tuple[str, int], Groups], Member] = {}
+        self.readings: dict[tuple[str, int], dict[Groups, Member]] = {}
         self.labels: dict[Member, NDArray[np.int64]] = {}
         self.tie: dict[Member, list[Member]] = {}
         self.partners: dict[Member, str] = {}
@@ -335,13 +337,13 @@ class _Table:
 
     def _member(self, side: _Facing, title: str) -> Member:
         key = self.parameters.key(side.name)
-        for (other, groups), member in self.members.items():
-            if other == key and groups != side.groups and {groups.kind, side.groups.kind} != {"inputs", "outputs"}:
+        for groups, member in self.readings.get(key, {}).items():
+            if groups != side.groups and {groups.kind, side.groups.kind} != {"inputs", "outputs"}:
                 raise PlanError(
                     f"{side.name}: expected one way to read it, or its inputs and its outputs, got {title} and "
                     f"{self.partners.get(member, str(member))}; pair it once"
                 )
-        member = self.members.setdefault((key, side.groups), Member(side.name, side.groups))
+        member = self.readings.setdefault(key, {}).setdefault(side.groups, Member(side.name, side.groups))
         if member not in self.labels:
             self.labels[member] = np.full(member.shape(self.parameters.named)[0], -1)
             self.tie[member] = [member]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
 from tying.errors import PenaltyError
+from tying.patterns import fitting
 from tying.penalties.sequences import check_not_negative
 from tying.plan import Tie, TiePlan
 
@@ -58,18 +58,19 @@ def per_tie(plan: TiePlan, strength: Strength) -> list[float | Schedule]:
     given = {pattern: _checked(f"strength[{pattern!r}]", each) for pattern, each in strength.items()}
     names = dict.fromkeys(member.parameter for tie in plan for member in tie.members)
     for pattern in given:
-        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(pattern, str) or not fitting(pattern, names):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PenaltyError(
                 f"strength: expected patterns of parameters in the plan, got {pattern!r}, which fits none; "
                 f"the plan has {', '.join(list(names)[:8])}{', …' if len(names) > 8 else ''}"
             )
-    return [_first(tie, given) for tie in plan]
+    fits = {pattern: {*fitting(pattern, names)} for pattern in given}
+    return [_first(tie, given, fits) for tie in plan]
 
 
-def _first(tie: Tie, given: Mapping[str, float | Schedule]) -> float | Schedule:
+def _first(tie: Tie, given: Mapping[str, float | Schedule], fits: Mapping[str, set[str]]) -> float | Schedule:
     names = [member.parameter for member in tie.members]
     for pattern, strength in given.items():
-        if any(fnmatchcase(name, pattern) for name in names):
+        if any(name in fits[pattern] for name in names):
             return strength
     raise PenaltyError(
         f"strength: expected a pattern for every tie, got none that fits {' ~ '.join(names)}; "
