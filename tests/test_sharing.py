@@ -230,6 +230,32 @@ def test_a_network_tied_to_another_is_found_in_the_file_of_both(tmp_path: Path) 
     assert sharing.saved == sum(tensor.nbytes for tensor in models["b"].state_dict().values())
 
 
+def law_distance(look: Callable[..., Sharing]) -> None:
+    """Tensors of one name that have groups in common are told how far apart they are."""
+    one, other = torch.randn(6, 40), torch.randn(6, 40)
+    other[:4] = one[:4]
+    (row,) = look({"w": one}, {"w": other}).rows
+    a, b = one.double().flatten().tolist(), other.double().flatten().tolist()
+    assert row.how == "groups"
+    assert row.distance == pytest.approx(math.dist(a, b) / max(math.hypot(*a), math.hypot(*b)), rel=1e-12)
+    (row,) = look({"w": one}, {"v": other}).rows
+    assert (row.how, row.distance) == ("groups", None)
+
+
+def test_groups_in_common_are_told_with_their_distance() -> None:
+    law_distance(inspect)
+
+
+def without_distances(*sources: State) -> Sharing:
+    sharing = inspect(*sources)  # pyright: ignore
+    return replace(sharing, rows=tuple(replace(row, distance=None) for row in sharing.rows))
+
+
+def test_no_distance_fails_the_law() -> None:
+    with pytest.raises(AssertionError):
+        law_distance(without_distances)
+
+
 def test_names_with_dots_are_told_apart(tmp_path: Path) -> None:
     weight = torch.randn(4, 4)
     save_file({"b.w": weight}, tmp_path / "m.safetensors")

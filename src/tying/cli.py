@@ -167,11 +167,18 @@ def inspect(
         ),
     ],
     support: Annotated[
-        float, typer.Option(help="A group is zero if its norm is at most this part of the largest.", metavar="F")
+        float,
+        typer.Option(
+            help="Of one file: a group is zero if its norm is at most this part of the largest. Several: not used.",
+            metavar="F",
+        ),
     ] = 0.05,
     tolerance: Annotated[
         float,
-        typer.Option(help="Two inputs are alike if their distance is at most this part of the norm.", metavar="F"),
+        typer.Option(
+            help="Two inputs, or weights of one name, are alike if their distance is at most this part of the norm.",
+            metavar="F",
+        ),
     ] = 0.05,
     as_json: AsJson = False,
 ) -> None:

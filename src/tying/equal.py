@@ -131,9 +131,9 @@ def _equal_as_a_whole(held: Mapping[str, Tensor]) -> list[_Copies]:
 
 
 def _numbered(tensor: Tensor, kind: Kind, numbers: dict[bytes, int]) -> NDArray[np.int64]:
-    rows = _bytes(tensor, Groups(kind))
-    zero = _digest(np.zeros(rows.shape[1], dtype=np.uint8))
-    sums = (_digest(row) for row in rows)
+    groups = _bytes(tensor, Groups(kind))
+    zero = _digest(np.zeros(groups.shape[1], dtype=np.uint8))
+    sums = map(_digest, groups)
     return np.array([-1 if each == zero else numbers.setdefault(each, len(numbers)) for each in sums], dtype=np.int64)
 
 
@@ -143,8 +143,8 @@ def _digest(content: NDArray[np.uint8]) -> bytes:
 
 def _bytes(tensor: Tensor, groups: Groups) -> NDArray[np.uint8]:
     """The bits of every group: `(G, D · bytes)`."""
-    rows = groups.read(tensor)
-    return bytes_of(rows).numpy().reshape(len(rows), -1)
+    matrix = groups.read(tensor)
+    return bytes_of(matrix).numpy().reshape(len(matrix), -1)
 
 
 def _turned_together(whole: Sequence[_Copies], place: Mapping[str, int]) -> Iterator[_Copies]:
@@ -254,17 +254,16 @@ def _holds(tie: Tie, held: Mapping[str, Tensor]) -> bool:
     known = np.zeros(tie.partition.classes, dtype=bool)
     start = 0
     for member in tie.members:
-        rows = _bytes(held[member.parameter], member.groups)
-        labels = tie.partition.labels[start : start + len(rows)]
-        start += len(rows)
+        groups = _bytes(held[member.parameter], member.groups)
+        labels = tie.partition.labels[start : start + len(groups)]
+        start += len(groups)
         if values is None:
-            values = np.zeros(
-                (tie.partition.classes + 1, rows.shape[1]), dtype=np.uint8
-            )  # the last are the zeros of −1
+            # the last are the zeros of −1
+            values = np.zeros((tie.partition.classes + 1, groups.shape[1]), dtype=np.uint8)
         present, first = np.unique(labels, return_index=True)
         new = [(label, i) for label, i in zip(present, first, strict=True) if label >= 0 and not known[label]]
         for label, i in new:
-            values[label], known[label] = rows[i], True
-        if not np.array_equal(values[labels], rows):
+            values[label], known[label] = groups[i], True
+        if not np.array_equal(values[labels], groups):
             return False
     return True

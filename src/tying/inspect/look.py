@@ -30,9 +30,11 @@ def inspect(source: Source, *others: Source, support: float = 0.05, tolerance: f
     like, or stands for itself.
 
     In several: what is equal bit for bit, under whatever names (see `tying.equal.equal_ties`): whole tensors,
-    transposed ones, outputs or inputs that occur more than once; for tensors of one name that are not equal their
-    distance ‖a − b‖ ÷ max(‖a‖, ‖b‖), the largest over all pairs, alike if at most `tolerance`; and the bytes that a
-    bundle spares, in which what is equal is stored once.
+    transposed ones, outputs or inputs that occur more than once; for tensors of one name and shape that are not
+    equal their distance ‖a − b‖ ÷ max(‖a‖, ‖b‖), the largest over all pairs, alike if at most `tolerance` (none where
+    groups of them are equal to those of tensors of other names); and the bytes that a bundle spares, in which what is
+    equal is stored once. Of a file that `tying.save` wrote, the networks' own tensors are looked at, and what the file
+    stores once already is counted once.
 
     Args:
         source: A `.safetensors` file, a file that `tying.save` wrote, a state dict saved by `torch.save` (loaded with

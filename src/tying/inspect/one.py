@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -17,6 +16,8 @@ from tying import words
 from tying.errors import FileError
 from tying.files.packing import bits_for
 from tying.groups import Groups
+from tying.inspect.skipped import Skipped, identity, reasons, unfit
+from tying.inspect.table import aligned
 from tying.store.checkpoint import Entry
 from tying.store.state import dtype_name
 
@@ -24,8 +25,6 @@ MOST_COMPARED = 16_384
 """Of more input groups than this, an even sample is compared."""
 
 _PROJECTED, _BLOCK = 32, 256
-
-_SAME = "the same tensor as "
 
 _SLACK = 1e-5
 """What rounding may add to a squared relative distance of projections, with room: they only choose candidates."""
@@ -58,14 +57,6 @@ class Findings:
     def sampled(self) -> bool:
         """Whether only a sample of the inputs was compared; `alike_inputs` counts within it."""
         return self.compared < self.inputs - self.zero_inputs
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A tensor that was not looked at, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +112,8 @@ def look(label: str, entries: Iterable[Entry], support: float, tolerance: float)
     skipped: list[Skipped] = []
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor, size in entries:
-        reason = _unfit(tensor, seen.setdefault(identity(tensor), name), name)
+        first = seen.setdefault(identity(tensor), name)
+        reason = unfit(tensor, first, name, dimensions=2) or _not_finite(tensor)
         if reason is None:
             findings.append(_look(name, tensor.detach(), size, support, tolerance))
         else:
@@ -134,25 +126,7 @@ def look(label: str, entries: Iterable[Entry], support: float, tolerance: float)
     return Inspection(label, support, tolerance, tuple(findings), tuple(skipped))
 
 
-def identity(tensor: Tensor) -> tuple[object, ...]:
-    """Return where the numbers lie: two names of one tensor are one weight."""
-    if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
-        return (id(tensor),)
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def _unfit(tensor: Tensor, first: str, name: str) -> str | None:
-    """Say why a tensor can't be looked at, or None."""
-    if not tensor.is_floating_point():
-        return f"{dtype_name(tensor.dtype)} numbers"
-    if tensor.dim() < 2:
-        return f"{tensor.dim()} dimension{'' if tensor.dim() == 1 else 's'}"
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return "no plain dense tensor"
-    if not tensor.numel():
-        return "empty"
-    if first != name:
-        return f"{_SAME}{first}"
+def _not_finite(tensor: Tensor) -> str | None:
     wrong = tensor.numel() - int(torch.isfinite(_float(tensor)).sum())
     return f"{wrong:,} of its numbers are NaN or infinite" if wrong else None
 
@@ -241,14 +215,7 @@ _HEADS = ("weight", "shape", "inputs", "zero", "alike", "outputs", "zero", "valu
 def _table(inspection: Inspection) -> str:
     lines = [_HEADS, *map(_line, inspection.findings)]
     lines.append(("total", *[""] * 6, f"{inspection.values:,}", f"{inspection.values_left:,}", _times(inspection)))
-    widths = [max(len(line[place]) for line in lines) for place in range(len(_HEADS))]
-    text = [inspection.source]
-    for line in lines:
-        cells = [
-            f"{cell:<{w}}" if place < 2 else f"{cell:>{w}}"
-            for place, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
+    text = [inspection.source, *aligned(lines, texts=2)]
     text.append(f"zero: norm ≤ {inspection.support:.3g} of the weight's largest.")
     text.append(f"alike: distance to another input ≤ {inspection.tolerance:.3g} of that one's norm.")
     text.append(
@@ -279,10 +246,3 @@ def _line(found: Findings) -> tuple[str, ...]:
 
 def _times(sizes: Findings | Inspection) -> str:
     return words.times(words.ratio(sizes.bytes, sizes.bytes_left)) if sizes.bytes_left else "all"
-
-
-def reasons(skipped: tuple[Skipped, ...]) -> str:
-    """Return how many were not looked at for which reason: `3 × 1 dimension, 1 × int64 numbers`."""
-    same = "the same tensor as another"
-    counts = Counter(same if item.reason.startswith(_SAME) else item.reason for item in skipped)
-    return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())

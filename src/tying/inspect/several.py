@@ -15,7 +15,8 @@ from torch import Tensor
 from tying import words
 from tying.equal import equal_ties
 from tying.errors import FileError
-from tying.inspect.one import Skipped, identity, reasons
+from tying.inspect.skipped import Skipped, identity, reasons, unfit
+from tying.inspect.table import aligned
 from tying.plan import Tie
 from tying.store.checkpoint import Entry
 from tying.store.state import dtype_name
@@ -43,7 +44,8 @@ class Row:
     shapes: tuple[tuple[int, ...], ...]
     """Each once."""
     distance: float | None
-    """‖a − b‖ ÷ max(‖a‖, ‖b‖) of tensors of one name and shape, the largest over all pairs; 0 for equal ones."""
+    """‖a − b‖ ÷ max(‖a‖, ‖b‖) of tensors of one name and shape, the largest over all pairs; 0 for equal ones; None for
+    others, or if it is not finite."""
     bytes: int
     """That the checkpoints hold for the tensors, what a file of `tying.save` ties counted once; 0 if another row counts
     them."""
@@ -98,7 +100,7 @@ def compare(sources: Mapping[str, str], entries: Sequence[Iterable[Entry]], tole
     for source, each in zip(sources, entries, strict=True):
         seen: dict[tuple[object, ...], str] = {}
         for name, tensor, size in each:
-            reason = _unfit(tensor, seen.setdefault(identity(tensor), name), name)
+            reason = unfit(tensor, seen.setdefault(identity(tensor), name), name)
             if reason is None:
                 held[source, name], sizes[source, name] = tensor.detach(), size
             else:
@@ -131,17 +133,6 @@ def compare(sources: Mapping[str, str], entries: Sequence[Iterable[Entry]], tole
     return Sharing(dict(sources), tolerance, tuple(row for _, row in found), tuple(skipped))
 
 
-def _unfit(tensor: Tensor, first: str, name: str) -> str | None:
-    """Say why a tensor can't be looked at, or None."""
-    if not tensor.is_floating_point():
-        return f"{dtype_name(tensor.dtype)} numbers"
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return "no plain dense tensor"
-    if not tensor.numel():
-        return "empty"
-    return f"the same tensor as {first}" if first != name else None
-
-
 def _of_tie(tie: Tie, tensors: Mapping[Place, Tensor], counted: int) -> Row:
     kinds = {member.groups.kind for member in tie.members}
     labels = tie.partition.labels.tolist()
@@ -151,7 +142,7 @@ def _of_tie(tie: Tie, tensors: Mapping[Place, Tensor], counted: int) -> Row:
     how: How = "equal" if kinds == {"whole"} else "transposed" if turned else "groups"
     members = (f"{source}.{name}[{m.groups}]" for (source, name), m in zip(tensors, tie.members, strict=True))
     what = " ~ ".join(members) + str(tie).removeprefix(" ~ ".join(map(str, tie.members)))
-    distance = 0.0 if how == "equal" else None
+    distance = 0.0 if how == "equal" else _largest_distance(tensors)
     return Row(*_named(tensors), how, what, _shapes(tensors), distance, counted, min(counted, left))
 
 
@@ -164,13 +155,21 @@ def _of_name(tensors: Mapping[Place, Tensor], counted: int, tolerance: float) ->
     elif len(shapes) > 1:
         how = "other shape"
     else:
-        distance = max(_distance(a, b) for a, b in combinations(tensors.values(), 2))
-        how = "other dtype" if len(dtypes) > 1 else "alike" if distance <= tolerance else "differs"
+        distance = _largest_distance(tensors)
+        alike = distance is not None and distance <= tolerance
+        how = "other dtype" if len(dtypes) > 1 else "alike" if alike else "differs"
         if how == "alike" and not any(map(_norm, tensors.values())):
             how = "zero"
-    finite = distance if distance is not None and math.isfinite(distance) else None
     what = ", ".join(sorted(map(dtype_name, dtypes))) if how == "other dtype" else ""
-    return Row(*_named(tensors), how, what, shapes, finite, counted, counted)
+    return Row(*_named(tensors), how, what, shapes, distance, counted, counted)
+
+
+def _largest_distance(tensors: Mapping[Place, Tensor]) -> float | None:
+    """Over all pairs; None unless they are several of one name and shape whose numbers are finite."""
+    if len(tensors) < 2 or len({name for _, name in tensors}) > 1 or len(_shapes(tensors)) > 1:
+        return None
+    largest = max(_distance(a, b) for a, b in combinations(tensors.values(), 2))
+    return largest if math.isfinite(largest) else None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -202,14 +201,7 @@ _MOST_LISTED = 24
 def _table(sharing: Sharing) -> str:
     lines = [_HEADS, *_lines(sharing)]
     lines.append(("total", "", "", "", "", f"{sharing.bytes:,}", f"{sharing.bytes_left:,}"))
-    widths = [max(len(line[place]) for line in lines) for place in range(len(_HEADS))]
-    text = [f"{short}: {source}" for short, source in sharing.sources.items()]
-    for line in lines:
-        cells = [
-            f"{cell:<{w}}" if place < 4 else f"{cell:>{w}}"
-            for place, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
+    text = [*(f"{short}: {source}" for short, source in sharing.sources.items()), *aligned(lines, texts=4)]
     saved = words.percent(sharing.saved / sharing.bytes, 1)
     text.append(f"A bundle spares {sharing.saved:,} bytes ({saved}), labels counted, once what is equal is tied.")
     text.append(f"equal, transposed, groups → values: bit for bit. alike: distance ≤ {sharing.tolerance:.3g}.")
