@@ -1,8 +1,8 @@
 """What an unsupervised twin is worth: accuracy from independent to shared, in two studies with paired seeds.
 
 Points: the hybrid of Lasserre, Bishop & Minka (CVPR 2006), against α, for classes more and more elongated, which the
-model takes for round. α is chosen on one half of the seeds and measured on the other; so is the penalty of the control
-that only shrinks, a logistic regression.
+model takes for round. Each fit is the best of several starts. α is chosen on one half of the seeds and measured on the
+other; so is the penalty of the control that only shrinks, a logistic regression.
 Digits: a classifier tied to an autoencoder, or to k-means, against the strength, with its controls. Strengths are
 chosen on validation, seed by seed, the weakest of equals. All have the same steps of Adam, with the tie as a loss term:
 two models under a strength of 10 move slowly then, and are not yet what the hard tie beside them is.
@@ -45,14 +45,14 @@ RIVALS = (BASELINE, DECAY, LABELLED_ONLY, "autoencoder alone, read-out", "k-mean
 ENDS = {"strength 0": "0", "hard": "hard"}
 SHOWN = (*ENDS, DECAY, BASELINE)
 
-Pair = list[float]
-"""Mean and standard error, in percent."""
+Pair = list[float | None]
+"""Mean and standard error, in percent; of a single seed there is no error."""
 Line = dict[str, Any]
 Say = Callable[[], None]
 
 
 def percent(values: Sequence[float]) -> Pair:
-    return [round(100 * figure, 3) for figure in mean_and_error(values)]
+    return [None if math.isnan(figure) else round(100 * figure, 3) for figure in mean_and_error(values)]
 
 
 def gain(values: Sequence[float], base: Sequence[float]) -> Pair:
@@ -67,15 +67,20 @@ def points(elongation: float, labels: int, seeds: int, say: Say) -> tuple[Line, 
     """Return what is kept of one setting, and its accuracies by α and seed."""
     found: dict[float, list[float]] = {alpha: [] for alpha in ALPHAS}
     shrunk: dict[float, list[float]] = {penalty: [] for penalty in hybrid_points.PENALTIES}
-    slopes: list[float] = []
+    counts = {
+        "not stationary": [0] * len(ALPHAS),
+        "starts disagree": [0] * len(ALPHAS),
+        "first start beaten": [0] * len(ALPHAS),
+    }
     for first in range(0, seeds, BATCH):
         drawn = [example.draw_points(elongation, labels, seed) for seed in range(first, min(first + BATCH, seeds))]
         samples = hybrid_points.Samples.of(drawn)
-        for alpha in ALPHAS:
-            theta, slope = hybrid_points.fit(samples, alpha)
-            found[alpha] += hybrid_points.accuracies(theta, drawn)
-            slopes += slope.tolist()
-            say()
+        for place, (alpha, best) in enumerate(hybrid_points.fit_all(samples, ALPHAS).items()):
+            found[alpha] += hybrid_points.accuracies(best.z, drawn)
+            counts["not stationary"][place] += int((best.slope > hybrid_points.TOLERANCE).sum())
+            counts["starts disagree"][place] += best.disagree()
+            counts["first start beaten"][place] += best.first_is_not_best()
+        say()
         for penalty, values in shrunk.items():
             values += [hybrid_points.logistic_regression(own, penalty) for own in drawn]
     line = {
@@ -87,14 +92,16 @@ def points(elongation: float, labels: int, seeds: int, say: Say) -> tuple[Line, 
         "gain on alpha 1": [gain(found[alpha], found[1.0]) for alpha in ALPHAS],
         "gain on alpha 0": [gain(found[alpha], found[0.0]) for alpha in ALPHAS],
         "chosen": _chosen_alpha(found, shrunk),
-        "fits not stationary": sum(slope > hybrid_points.TOLERANCE for slope in slopes),
-        "fits": len(slopes),
+        "fits": counts,
     }
     return line, found
 
 
 def _chosen_alpha(found: Mapping[float, Sequence[float]], shrunk: Mapping[float, Sequence[float]]) -> Line:
-    """Choose the best α inside on the even seeds, measure it on the odd ones; so with the control's penalty."""
+    """Choose the best α inside on the even seeds, measure it on the odd ones; so with the control's penalty.
+
+    All that stands beside it is of the odd seeds, too.
+    """
 
     def best(by: Mapping[float, Sequence[float]], among: Sequence[float]) -> float:
         return max(among, key=lambda knob: mean_and_error(by[knob][::2])[0])
@@ -104,6 +111,8 @@ def _chosen_alpha(found: Mapping[float, Sequence[float]], shrunk: Mapping[float,
     return {
         "alpha": alpha,
         "accuracy": percent(here),
+        "accuracy at alpha 0": percent(found[0.0][1::2]),
+        "accuracy at alpha 1": percent(found[1.0][1::2]),
         "gain on alpha 1": gain(here, found[1.0][1::2]),
         "gain on alpha 0": gain(here, found[0.0][1::2]),
         "logistic regression": {"C": penalty, "accuracy": percent(control)},
@@ -166,8 +175,9 @@ def agreement(samples: int = 3) -> dict[str, float]:
     """Return the largest differences in accuracy between the example and what is done here."""
     drawn = [example.draw_points(1.5, 5, seed) for seed in range(samples)]
     apart = [0.0]
-    for alpha in (0.0, 0.3, 0.5, 0.8, 1.0):
-        ours = hybrid_points.accuracies(hybrid_points.fit(hybrid_points.Samples.of(drawn), alpha)[0], drawn)
+    fits = hybrid_points.fit_all(hybrid_points.Samples.of(drawn), (0.0, 0.3, 0.5, 0.8, 1.0))
+    for alpha in fits:
+        ours = hybrid_points.accuracies(fits[alpha].z, drawn)
         theirs = [example.accuracy_of(example.fit_hybrid(own, alpha), own.elongation) for own in drawn]
         apart += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     images = [0.0]
@@ -193,16 +203,26 @@ def curves_of(found: Found) -> tuple[Curves, dict[str, list[float]]]:
 
 
 def show_points(lines: Sequence[Line], console: Console) -> None:
-    table = Table(
-        "elongation", "labels", "α = 0", "best inside", "α = 1", "its α", "− α = 0", "− α = 1", title="points"
+    heads = (
+        "elongation",
+        "labels",
+        "α = 0",
+        "best inside",
+        "α = 1",
+        "its α",
+        "− α = 0",
+        "− α = 1",
+        "− log. regression",
     )
+    table = Table(*heads, "starts disagree, %", title="points")
     for line in lines:
-        chosen = line["chosen"]
+        chosen, counts = line["chosen"], line["fits"]["starts disagree"]
+        disagree = sum(counts) / len(counts) / line["seeds"]
         table.add_row(
-            f"{line['elongation']:g}", str(line["labels per class"]), _cell(line["accuracy"][0]),
-            _cell(chosen["accuracy"]), _cell(line["accuracy"][-1]), f"{chosen['alpha']:g}",
+            f"{line['elongation']:g}", str(line["labels per class"]), _cell(chosen["accuracy at alpha 0"]),
+            _cell(chosen["accuracy"]), _cell(chosen["accuracy at alpha 1"]), f"{chosen['alpha']:g}",
             _cell(chosen["gain on alpha 0"], signed=True), _cell(chosen["gain on alpha 1"], signed=True),
-            _cell(chosen["gain on logistic regression"], signed=True),
+            _cell(chosen["gain on logistic regression"], signed=True), f"{100 * disagree:.1f}",
         )  # fmt: skip
     console.print(table)
 
@@ -220,12 +240,16 @@ def show_digits(lines: Sequence[Line], console: Console) -> None:
 
 
 def _cell(pair: Pair | None, *, signed: bool = False) -> str:
-    return "" if pair is None else f"{pair[0]:+.2f} ± {pair[1]:.2f}" if signed else f"{pair[0]:.1f} ± {pair[1]:.1f}"
+    if pair is None:
+        return ""
+    digits = 2 if signed else 1
+    mean, error = (f"{figure:.{digits}f}" if figure is not None else "–" for figure in pair)
+    return f"{mean if mean.startswith('-') or not signed else '+' + mean} ± {error}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=400, help="seeds of each setting of the points")
+    parser.add_argument("--points", type=int, default=300, help="seeds of each setting of the points")
     parser.add_argument("--digits", type=int, default=40, help="seeds of each setting of the digits")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="a folder: data and two pictures")
     options = parser.parse_args()
@@ -264,7 +288,7 @@ def main() -> None:
 
 
 def _all_points(seeds: int, bar: Progress) -> Iterator[tuple[Line, str, dict[float, list[float]]]]:
-    batches = math.ceil(seeds / BATCH) * len(ALPHAS)
+    batches = math.ceil(seeds / BATCH)
     task = bar.add_task("points", total=batches * len(ELONGATIONS) * len(POINT_LABELS))
     for elongation in ELONGATIONS:
         for labels in POINT_LABELS:

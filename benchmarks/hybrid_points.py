@@ -1,7 +1,8 @@
 """The hybrid of examples/hybrid.py for hundreds of samples at once, by Newton's method in closed form.
 
-Parameters `(S, 6)` of S samples: two means of two coordinates, log variance, log odds. Every sample starts, as in the
-example, at its labelled points' own means, and goes downhill to a stationary point that is verified.
+Parameters `(S, 6)` of S samples: two means of two coordinates, log variance, log odds. From each start every sample
+goes downhill to a stationary point that is verified. There are several: the starts are the labelled points' own means
+and the solution at α = 0, as in the example, and those at the α below and above; the lowest objective is kept.
 """
 
 from __future__ import annotations
@@ -49,21 +50,68 @@ class Samples:
         return Samples(self.labelled[chosen], self.classes[chosen], self.everything[chosen], self.start[chosen])
 
 
-def fit(samples: Samples, alpha: float, *, steps: int = 300) -> tuple[Tensor, Tensor]:
-    """Return θ and θ̃ side by side, `(S, 12)`, and the largest entry of each objective's gradient, `(S,)`."""
+@dataclass
+class Best:
+    """The lowest of the stationary points found so far, for each sample."""
+
+    z: Tensor
+    """θ and θ̃ side by side, `(S, 12)`."""
+    value: Tensor
+    slope: Tensor
+    """The largest entry of the objective's gradient, `(S,)`."""
+    first: Tensor
+    """Objective of what is found from the labelled points' own means."""
+    highest: Tensor
+    """Objective of the worst that any start leads to."""
+
+    def lower(self, z: Tensor, value: Tensor, slope: Tensor) -> None:
+        """Keep what is lower."""
+        better = value < self.value
+        self.z = torch.where(better[:, None], z, self.z)
+        self.value, self.slope = torch.where(better, value, self.value), torch.where(better, slope, self.slope)
+        self.highest = torch.maximum(self.highest, value)
+
+    def disagree(self) -> int:
+        """Return for how many samples one start leads higher than another."""
+        return int((self.highest - self.value > 1e-7 * self.value.abs()).sum())
+
+    def first_is_not_best(self) -> int:
+        """Return for how many samples the labelled points' own means lead higher than another start."""
+        return int((self.first - self.value > 1e-7 * self.value.abs()).sum())
+
+
+def fit_all(samples: Samples, alphas: Sequence[float]) -> dict[float, Best]:
+    """Return the lowest stationary points at every α, of which 0 is the first and the others rise."""
+    found: dict[float, Best] = {}
+    for alpha in alphas:
+        z, value, slope = fit(samples, alpha, samples.start.repeat(1, 2))
+        found[alpha] = Best(z, value, slope, value, value)
+    for up, order in (True, list(alphas)), (False, list(alphas)[::-1]):
+        for alpha, beside in zip(order[1:], order[:-1], strict=True):
+            starts = {beside, 0.0} if up else {beside}
+            for start in sorted(starts):
+                found[alpha].lower(*fit(samples, alpha, found[start].z))
+    return found
+
+
+def fit(samples: Samples, alpha: float, start: Tensor, *, steps: int = 300) -> Derivatives:
+    """Go downhill from θ and θ̃ side by side, `(S, 12)`; at α = 0 from their middle.
+
+    Return θ and θ̃, the objective, and the largest entry of its gradient, `(S,)`.
+    """
     together = alpha == 0
-    z = samples.start if together else samples.start.repeat(1, 2)
-    z, slope = z.clone(), torch.full((len(z),), math.inf, dtype=z.dtype)
+    z = (start[:, :SIZE] + start[:, SIZE:]) / 2 if together else start.clone()
+    height, slope = torch.full((2, len(z)), math.inf, dtype=z.dtype)
     live = torch.arange(len(z))
     for _ in range(steps):
         value, gradient, hessian = objective(samples[live], z[live], alpha)
-        slope[live] = gradient.abs().amax(dim=1)
+        height[live], slope[live] = value, gradient.abs().amax(dim=1)
         rest = slope[live] > TOLERANCE
         if not rest.any():
             break
         live = live[rest]
         z[live] = _step(samples[live], z[live], alpha, value[rest], gradient[rest], hessian[rest])
-    return (z.repeat(1, 2) if together else z), slope
+    return (z.repeat(1, 2) if together else z), height, slope
 
 
 def _step(samples: Samples, z: Tensor, alpha: float, value: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:

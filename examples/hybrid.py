@@ -37,6 +37,8 @@ APART, UNLABELLED, VAGUE = 2.5, 200, 10.0
 """Distance of the means of the true classes; points of each class without a label; deviation of the prior of θ, θ̃."""
 HIDDEN, STEPS, RECONSTRUCTION = 64, 200, 0.1
 """Hidden units; optimizer steps; the weight of an image's squared error, summed over its pixels."""
+LEARNT, CHOOSING = 110, 134
+"""Of each digit's images the first are to learn from, those up to here to choose a strength by, the rest to test."""
 HARD = math.inf
 
 # --- 1. The hybrid of Lasserre, Bishop & Minka -------------------------------------------------------------------
@@ -100,8 +102,23 @@ def hybrid_loss(models: Mapping[str, nn.Module], points: Points) -> Tensor:
 
 
 def fit_hybrid(points: Points, alpha: float) -> RoundGaussians:
-    """Return the model that predicts, p(c | x, θ), fitted by L-BFGS from the labelled points' own means."""
+    """Return the model that predicts, p(c | x, θ).
+
+    There are several minima: the lower is kept of the one found from the labelled points' own means and the one found
+    from the generative model, α = 0.
+    """
+    start = RoundGaussians(points)
+    found = [fit_from(start, points, alpha)]
+    if alpha > 0:
+        found.append(fit_from(fit_from(start, points, 0)[1], points, alpha))
+    return min(found, key=lambda end: end[0])[1]
+
+
+def fit_from(start: RoundGaussians, points: Points, alpha: float) -> tuple[float, RoundGaussians]:
+    """Return the loss that L-BFGS ends at, and the model that predicts."""
     models = {"discriminative": RoundGaussians(points), "generative": RoundGaussians(points)}
+    for model in models.values():
+        model.load_state_dict(start.state_dict())
     plan = tying.match(models)  # by name and shape: all of them
     strength = strength_of(alpha)
     if strength == HARD:
@@ -119,7 +136,7 @@ def fit_hybrid(points: Points, alpha: float) -> RoundGaussians:
         return value
 
     optimizer.step(cast("Any", loss))
-    return models["discriminative"]
+    return loss().item(), models["discriminative"]
 
 
 @torch.no_grad()
@@ -158,6 +175,8 @@ def _images() -> tuple[Any, Any]:
 
 def draw_digits(labels: int, seed: int) -> Digits:
     """Split scikit-learn's 1,797: of each digit 110 to learn from, `labels` of them labelled; 24 to choose; a rest."""
+    if not 0 < labels <= LEARNT:
+        raise ValueError(f"labels: expected 1 to {LEARNT} of each digit, got {labels}; the others are to test")
     images, digits = _images()
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(np.flatnonzero(digits == digit)) for digit in range(10)]
@@ -166,7 +185,7 @@ def draw_digits(labels: int, seed: int) -> Digits:
         chosen = np.concatenate([own[start:stop] for own in shuffled])
         return torch.from_numpy(images[chosen]), torch.from_numpy(digits[chosen])
 
-    return Digits(part(0, labels), part(0, 110)[0], part(110, 134), part(134, None))
+    return Digits(part(0, labels), part(0, LEARNT)[0], part(LEARNT, CHOOSING), part(CHOOSING, None))
 
 
 def build(code: nn.Module, outputs: int) -> nn.Sequential:
@@ -256,8 +275,10 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean, and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    """Return the mean, and its standard error; a single value has none."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.nan
 
 
 def show(title: str, curves: Curves) -> None:
@@ -269,7 +290,8 @@ def show(title: str, curves: Curves) -> None:
         print(f"{name:<30}" + "".join(f"{mean_and_error(curve[knob])[0]:13.1%}" for knob in knobs))
         gains = [mean_and_error([100 * (a - b) for a, b in zip(curve[k], curve[base], strict=True)]) for k in knobs]
         cells = [
-            "–" if k == base else f"{gain:+.1f} ± {error:.1f}" for k, (gain, error) in zip(knobs, gains, strict=True)
+            "–" if k == base else f"{gain:+.1f} ± {error:.1f}".replace("nan", "–")
+            for k, (gain, error) in zip(knobs, gains, strict=True)
         ]
         print(f"{'  against ' + _tick(base):<30}" + "".join(f"{cell:>13}" for cell in cells))
 
@@ -322,6 +344,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the pictures")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    drawn = {labels: [draw_digits(labels, seed) for seed in range(options.seeds)] for labels in options.digits}
 
     toy: dict[str, Curves] = {}
     for elongation, words in (1.0, "the model is right"), (1.5, "a little wrong"), (3.0, "very wrong"):
@@ -340,8 +363,7 @@ def main() -> None:
 
     ways = {"autoencoder": with_autoencoder, "k-means": with_kmeans}
     panels: dict[str, Curves] = {}
-    for labels in options.digits:
-        samples = [draw_digits(labels, seed) for seed in range(options.seeds)]
+    for labels, samples in drawn.items():
         curves = {
             name: {
                 strength: [share_right(way(s, strength, seed), *s.test) for seed, s in enumerate(samples)]

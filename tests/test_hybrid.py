@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from benchmarks import hybrid_digits, hybrid_points
-from benchmarks.hybrid import gain
+from benchmarks.hybrid import gain, percent, points, show_points
 from benchmarks.hybrid_points import SIZE, Samples, objective
 from examples import hybrid as example
+from rich.console import Console
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
@@ -67,12 +69,61 @@ def test_derivatives_in_closed_form_are_those_of_autograd(alpha: float) -> None:
     torch.testing.assert_close(hessian, curvature, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_newton_ends_where_the_example_ends(alpha: float) -> None:
-    theta, slope = hybrid_points.fit(SAMPLES, alpha)
-    assert slope.max() <= hybrid_points.TOLERANCE
-    expected = [example.accuracy_of(example.fit_hybrid(points, alpha), points.elongation) for points in DRAWN]
-    assert hybrid_points.accuracies(theta, DRAWN) == pytest.approx(expected, abs=1e-5)
+def test_newton_ends_where_the_example_ends() -> None:
+    for alpha, best in hybrid_points.fit_all(SAMPLES, (0.0, 0.4, 1.0)).items():
+        assert best.slope.max() <= hybrid_points.TOLERANCE
+        expected = [example.accuracy_of(example.fit_hybrid(points, alpha), points.elongation) for points in DRAWN]
+        assert hybrid_points.accuracies(best.z, DRAWN) == pytest.approx(expected, abs=1e-5)
+
+
+TRAP = example.draw_points(1.5, 2, 119)
+"""Its labelled points' own means lead to a minimum that is not the lowest."""
+
+
+def law_the_lowest_is_kept(fit: Callable[[Samples, float], Tensor]) -> None:
+    samples = Samples.of([TRAP])
+    generative = hybrid_points.fit(samples, 0.0, samples.start.repeat(1, 2))[0]
+    assert fit(samples, 0.1) <= hybrid_points.fit(samples, 0.1, generative)[1] + 1e-6
+
+
+def test_the_lowest_of_several_minima_is_kept() -> None:
+    best = hybrid_points.fit_all(Samples.of([TRAP]), (0.0, 0.1))[0.1]
+    assert (best.disagree(), best.first_is_not_best()) == (1, 1)
+    law_the_lowest_is_kept(lambda samples, alpha: hybrid_points.fit_all(samples, (0.0, alpha))[alpha].value)
+    ours = hybrid_points.accuracies(best.z, [TRAP])[0]
+    assert example.accuracy_of(example.fit_hybrid(TRAP, 0.1), TRAP.elongation) == pytest.approx(ours, abs=1e-4)
+    assert ours > 0.8
+
+
+def test_a_single_start_fails_the_law() -> None:
+    with pytest.raises(AssertionError):
+        law_the_lowest_is_kept(lambda samples, alpha: hybrid_points.fit(samples, alpha, samples.start.repeat(1, 2))[1])
+
+
+@pytest.mark.parametrize("labels", [0, 111])
+def test_labels_that_would_leak_into_validation_are_refused(labels: int) -> None:
+    with pytest.raises(ValueError, match=rf"labels: expected 1 to 110 of each digit, got {labels}; the others are to"):
+        example.draw_digits(labels, 0)
+
+
+def test_what_is_chosen_stands_beside_the_same_seeds() -> None:
+    line, found = points(1.5, 2, 5, lambda: None)
+    chosen = line["chosen"]
+    assert chosen["accuracy at alpha 0"] == percent(found[0.0][1::2])
+    assert chosen["accuracy at alpha 1"] == percent(found[1.0][1::2])
+    for alpha in (0, 1):
+        apart = chosen["accuracy"][0] - chosen[f"accuracy at alpha {alpha}"][0]
+        assert chosen[f"gain on alpha {alpha}"][0] == pytest.approx(apart, abs=2e-3)
+    assert sum(line["fits"]["not stationary"]) == 0
+    console = Console(width=240, record=True, file=io.StringIO())
+    show_points([line], console)
+    head, row = (text for text in console.export_text().splitlines() if text.startswith(("┃", "│")))
+    assert all(cell.strip() for cell in head.strip("┃").split("┃")), "a column without a head"
+    assert all(cell.strip() for cell in row.strip("│").split("│"))
+
+
+def test_one_seed_has_no_error() -> None:
+    assert gain([0.9], [0.8]) == [pytest.approx(10.0), None]
 
 
 def test_the_exact_accuracy_is_that_of_many_points() -> None:
