@@ -176,9 +176,10 @@ def agreement(samples: int = 3) -> dict[str, float]:
     drawn = [example.draw_points(1.5, 5, seed) for seed in range(samples)]
     apart = [0.0]
     fits = hybrid_points.fit_all(hybrid_points.Samples.of(drawn), (0.0, 0.3, 0.5, 0.8, 1.0))
+    predicting = [example.fit_hybrid(own, list(fits)) for own in drawn]
     for alpha in fits:
         ours = hybrid_points.accuracies(fits[alpha].z, drawn)
-        theirs = [example.accuracy_of(example.fit_hybrid(own, alpha), own.elongation) for own in drawn]
+        theirs = [example.accuracy_of(by[alpha], own.elongation) for by, own in zip(predicting, drawn, strict=True)]
         apart += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     images = [0.0]
     for seed in range(samples):

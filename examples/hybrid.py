@@ -101,17 +101,20 @@ def hybrid_loss(models: Mapping[str, nn.Module], points: Points) -> Tensor:
     return supervised + unsupervised + vague
 
 
-def fit_hybrid(points: Points, alpha: float) -> RoundGaussians:
-    """Return the model that predicts, p(c | x, θ).
+def fit_hybrid(points: Points, alphas: Sequence[float]) -> dict[float, RoundGaussians]:
+    """Return for each α the model that predicts, p(c | x, θ).
 
     There are several minima: the lower is kept of the one found from the labelled points' own means and the one found
     from the generative model, α = 0.
     """
     start = RoundGaussians(points)
-    found = [fit_from(start, points, alpha)]
-    if alpha > 0:
-        found.append(fit_from(fit_from(start, points, 0)[1], points, alpha))
-    return min(found, key=lambda end: end[0])[1]
+    generative = fit_from(start, points, 0)
+    found = {0.0: generative[1]}
+    for alpha in alphas:
+        if alpha > 0:
+            ends = fit_from(start, points, alpha), fit_from(generative[1], points, alpha)
+            found[alpha] = min(ends, key=lambda end: end[0])[1]
+    return {alpha: found[alpha] for alpha in alphas}
 
 
 def fit_from(start: RoundGaussians, points: Points, alpha: float) -> tuple[float, RoundGaussians]:
@@ -348,16 +351,12 @@ def main() -> None:
 
     toy: dict[str, Curves] = {}
     for elongation, words in (1.0, "the model is right"), (1.5, "a little wrong"), (3.0, "very wrong"):
-        curves = {
-            f"{labels} labels per class": {
-                alpha: [
-                    accuracy_of(fit_hybrid(draw_points(elongation, labels, seed), alpha), elongation)
-                    for seed in range(4 * options.seeds)
-                ]
-                for alpha in (0, 0.4, 0.7, 1)
-            }
-            for labels in options.labels
-        }
+        curves: dict[str, dict[float, list[float]]] = {}
+        for labels in options.labels:
+            curve = curves[f"{labels} labels per class"] = {alpha: [] for alpha in (0, 0.4, 0.7, 1)}
+            for seed in range(4 * options.seeds):
+                for alpha, model in fit_hybrid(draw_points(elongation, labels, seed), list(curve)).items():
+                    curve[alpha].append(accuracy_of(model, elongation))
         toy[f"elongation {elongation:g}: {words}"] = curves
         show(f"elongation {elongation:g}, α =", curves)
 

@@ -72,7 +72,9 @@ def test_derivatives_in_closed_form_are_those_of_autograd(alpha: float) -> None:
 def test_newton_ends_where_the_example_ends() -> None:
     for alpha, best in hybrid_points.fit_all(SAMPLES, (0.0, 0.4, 1.0)).items():
         assert best.slope.max() <= hybrid_points.TOLERANCE
-        expected = [example.accuracy_of(example.fit_hybrid(points, alpha), points.elongation) for points in DRAWN]
+        expected = [
+            example.accuracy_of(example.fit_hybrid(points, [alpha])[alpha], points.elongation) for points in DRAWN
+        ]
         assert hybrid_points.accuracies(best.z, DRAWN) == pytest.approx(expected, abs=1e-5)
 
 
@@ -91,7 +93,7 @@ def test_the_lowest_of_several_minima_is_kept() -> None:
     assert (best.disagree(), best.first_is_not_best()) == (1, 1)
     law_the_lowest_is_kept(lambda samples, alpha: hybrid_points.fit_all(samples, (0.0, alpha))[alpha].value)
     ours = hybrid_points.accuracies(best.z, [TRAP])[0]
-    assert example.accuracy_of(example.fit_hybrid(TRAP, 0.1), TRAP.elongation) == pytest.approx(ours, abs=1e-4)
+    assert example.accuracy_of(example.fit_hybrid(TRAP, [0.1])[0.1], TRAP.elongation) == pytest.approx(ours, abs=1e-4)
     assert ours > 0.8
 
 
