@@ -456,8 +456,8 @@ def test_wrong_names_and_networks_are_refused(case: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "name", "message"),
     [
-        (mlp(), "a", r"to read 'a' of it, got a single network; leave `name` out .an nn.ModuleDict is one network"),
-        ({"a": mlp()}, None, r"of 'a', got a single network; pass the model itself .an nn.ModuleDict is one network"),
+        (mlp(), "a", r"to read 'a' of it, got a single network; leave `name` out .an nn.ModuleDict is saved as one"),
+        ({"a": mlp()}, None, r"of 'a', got a single network; pass the model itself .an nn.ModuleDict is saved as one"),
     ],
 )
 def test_a_single_network_is_no_bundle(given: object, name: str | None, message: str, tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_a_single_network_is_no_bundle(given: object, name: str | None, message:
 def test_a_name_beside_names_is_no_fault_of_the_file(tmp_path: Path) -> None:
     bundle(tmp_path / "pair.safetensors")
     with pytest.raises(PlanError, match="name: expected none beside models by name, got 'a'"):
-        store.load(tmp_path / "pair.safetensors", {"a": mlp()}, name="a")  # pyright: ignore
+        store.load(tmp_path / "pair.safetensors", {"a": mlp()}, name="a")
 
 
 def as_version_1(models: nn.Module | Pair, path: Path) -> None:

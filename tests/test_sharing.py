@@ -247,7 +247,7 @@ def test_groups_in_common_are_told_with_their_distance() -> None:
 
 
 def without_distances(*sources: State) -> Sharing:
-    sharing = inspect(*sources)  # pyright: ignore
+    sharing = inspect(*sources)
     return replace(sharing, rows=tuple(replace(row, distance=None) for row in sharing.rows))
 
 

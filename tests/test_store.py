@@ -29,6 +29,7 @@ from tying.files.sealed import KEY, seal
 from tying.groups import Groups
 from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 from tying.plan import Member, Partition, Tie, TiePlan
+from tying.store.checkpoint import read_tensors
 from tying.store.state import same_bits
 
 # ---------------------------------------------------------------- labels and bits
@@ -476,6 +477,11 @@ def test_a_file_from_before_ties_across_parameters_is_read(tmp_path: Path) -> No
     kept = again[3].parametrizations.weight.original.grad
     assert kept.tolist() == [[1, 1], [1, 1]]  # the mean, as it was tied
     assert len(store.load_plan(path)) == 4
+    looked = {entry.name: entry for entry in read_tensors(path)}
+    assert all(same_bits(looked[f"{i}.weight"].tensor, again[i].weight) for i in (0, 2, 3))
+    labels = [(4 + 3) * 2, 12 * 2, 6 * 2]  # bits: each tie has three or four values, the pruned one counted
+    for i, numbers, bits in zip((0, 2, 3), (4, 3, 4), labels, strict=True):
+        assert looked[f"{i}.weight"].bytes == numbers * 8 + math.ceil(bits / 8)
 
 
 # ---------------------------------------------------------------- ties in the values: stored once by the plan

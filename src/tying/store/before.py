@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,11 @@ from tying.store.state import State
 
 def weights_of(state: State, ties: Sequence[Tie], record: Mapping[str, Any]) -> State:
     """Return the state with plain weights in the place of what the ties stored."""
-    over: dict[str, list[Tie]] = {}
-    for tie in ties:
-        over.setdefault(tie.members[0].parameter, []).append(tie)
+    over = _by_parameter(ties)
     tensors, frozen = dict(state.tensors), set(state.frozen)
     for name, each in over.items():
         path, _, leaf = name.rpartition(".")
-        stored = qualified(path, f"parametrizations.{leaf}.original")
+        stored = _stored(name)
         shape = tuple(record["architecture"][path]["tensors"][leaf])
         weight = _expanded(tensors.pop(stored), sorted(each, key=lambda tie: tie.members[0].groups.kind), shape)
         labels = qualified(path, f"parametrizations.{leaf}.0.stages.")
@@ -30,6 +29,26 @@ def weights_of(state: State, ties: Sequence[Tie], record: Mapping[str, Any]) -> 
             frozen = frozen - {stored} | {name}
     aliases = {name: source for name, source in state.aliases.items() if ".0.stages." not in name}
     return replace(state, tensors=tensors, aliases=aliases, frozen=frozenset(frozen))
+
+
+def bytes_of_each(stored: Mapping[str, Tensor], ties: Sequence[Tie]) -> dict[str, int]:
+    """Return the bytes that a file holds for each tied weight, packed labels counted."""
+    return {
+        name: stored[_stored(name)].nbytes + math.ceil(sum(tie.partition.label_bits for tie in each) / 8)
+        for name, each in _by_parameter(ties).items()
+    }
+
+
+def _by_parameter(ties: Sequence[Tie]) -> dict[str, list[Tie]]:
+    over: dict[str, list[Tie]] = {}
+    for tie in ties:
+        over.setdefault(tie.members[0].parameter, []).append(tie)
+    return over
+
+
+def _stored(name: str) -> str:
+    path, _, leaf = name.rpartition(".")
+    return qualified(path, f"parametrizations.{leaf}.original")
 
 
 def _expanded(values: Tensor, ties: Sequence[Tie], shape: tuple[int, ...]) -> Tensor:

@@ -40,7 +40,7 @@ def together(models: Models) -> nn.Module:
     return models if isinstance(models, nn.Module) else Together(by_name(models))
 
 
-_ONE = " (an nn.ModuleDict is one network, and so is what it was saved from)"
+_ONE = " (an nn.ModuleDict is saved as one network)"
 
 
 def wanted(path: str | Path, models: Models, name: str | None, stored: Collection[str]) -> dict[str, nn.Module]:

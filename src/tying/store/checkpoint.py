@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tying.errors import FileError
 from tying.files.sealed import KEY, unseal
+from tying.store import before
 from tying.store.network import KIND, VERSION, contents
 from tying.store.record import Understood, steps_of
 from tying.store.shares import bytes_of_each
@@ -97,9 +98,11 @@ def _saved(path: str | Path) -> list[Entry]:
     """The tensors of what `tying.save` wrote."""
     stored, record = unseal(path, kind=KIND, version=VERSION)
     with Understood(path):
-        state, _ = contents(stored, record)
+        state, ties = contents(stored, record)
         steps = steps_of(stored, record)
         sizes = bytes_of_each(state, stored, steps)
+        if record.get("tie_"):
+            sizes.update(before.bytes_of_each(stored, [tie for tie, _ in ties]))
         first = dict(state.aliases)
         for step in steps:
             shared, *others = [member.parameter for member in step.tie.members]
