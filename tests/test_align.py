@@ -368,12 +368,81 @@ def test_activations_face_what_they_correlate_with_most() -> None:
 
 
 def test_activations_that_are_not_centred_face_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain(observations: NDArray[np.float64]) -> NDArray[np.float64]:
-        return observations
+    class Plain(align_module._Correlations):
+        def add(self, theirs: Any, mine: Any) -> None:
+            self.count, self.products = 1, theirs.T @ mine
 
-    monkeypatch.setattr(align_module, "_standardised", plain)
+        def scores(self) -> Any:
+            return self.products
+
+    monkeypatch.setattr(align_module, "_Correlations", Plain)
     with pytest.raises(AssertionError):
         law_correlated()
+
+
+def law_in_batches(batch: int) -> None:
+    """Batch by batch the correlations are numpy's over all observations; a constant unit has none."""
+    generator = np.random.default_rng(0)
+    theirs, mine = (generator.normal(size=(100, 6)) + 1e3 * generator.normal(size=6) for _ in range(2))
+    mine[:, 2] = 7.1
+    side = Side("weight", 0, np.arange(6).reshape(3, 2), ())
+    found = align_module._Correlations(side)
+    for start in range(0, 100, batch):
+        found.add(theirs[start : start + batch], mine[start : start + batch])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = np.nan_to_num(np.corrcoef(theirs.T, mine.T)[:6, 6:])
+    np.testing.assert_allclose(found.scores(), table[::2, ::2] + table[1::2, 1::2], atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [100, 30, 1])
+def test_correlations_are_gathered_batch_by_batch(batch: int) -> None:
+    law_in_batches(batch)
+
+
+def test_leaving_the_means_as_the_first_batch_has_them_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drifting(align_module._Correlations):
+        def scores(self) -> Any:
+            self.sums *= 0
+            return super().scores()
+
+    monkeypatch.setattr(align_module, "_Correlations", Drifting)
+    with pytest.raises(AssertionError):
+        law_in_batches(10)
+
+
+def test_batches_give_the_same_order_and_a_model_that_mixes_samples_is_taken_whole() -> None:
+    model, _ = build("cnn")
+    other, _ = build("cnn", 1)
+    x = torch.randn(200, 2, 10, 10)
+    orders = []
+    for batch in (64, 1000):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(align_module, "BATCH", batch)
+            orders.append([each.order for each in by_activation({"a": model, "b": copy.deepcopy(other)}, x).aligned])
+    assert orders[0] == orders[1]
+    mixing = Net(lambda m, x: m.last(m.body(x - x.mean(0))), body=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    reference, plain = Reference("m", mixing, (torch.randn(200, 3),)), Reference("p", mlp(), (torch.randn(200, 20),))
+    assert len(align_module._batches(plain, plain)) == 4
+    assert len(align_module._batches(plain, reference)) == 1
+
+
+def test_units_of_a_convolution_lie_before_its_positions() -> None:
+    """As many rows as channels, and no batch: the sizes alone do not say which is which."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    other = copy.deepcopy(model)
+    permute_by_hand(other, [(6, [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)])], 0)
+    by_activation({"a": model, "b": other}, torch.randn(2, 6, 6))
+    assert_same(model, other)
+
+
+def test_complex_weights_count_with_both_parts() -> None:
+    lines = np.arange(2)[:, None]
+    space = Space((), (Side("w", 0, lines, ()),), None, None)
+    target = torch.tensor([[1j], [-1j]])
+    (order,) = by_weights([space], {"w": target.flip(0)}, {"w": target})
+    assert order is not None
+    assert order.tolist() == [1, 0]
 
 
 # ---------------------------------------------------------------- what moves, what stays, and why

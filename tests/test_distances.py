@@ -14,7 +14,8 @@ from scipy.optimize import isotonic_regression, linprog
 from torch import Tensor
 
 from tying.errors import PenaltyError
-from tying.penalties.distances import L1, L2, Cosine, Distance, Huber, Norm, as_distance, mean_of, stacked
+from tying.penalties import distances
+from tying.penalties.distances import L1, L2, MANY, Cosine, Distance, Huber, Norm, as_distance, mean_of, stacked
 
 DISTANCES = [L2(), L1(), Huber(), Huber(0.3), Cosine(), Norm()]
 STEPS = [0.0, 0.03, 0.4, 2.0, 50.0, 1e9, 1e300]
@@ -292,6 +293,46 @@ def test_the_prox_of_all_absolute_differences_is_that_of_scipys_isotonic_regress
         expected[order] = isotonic_regression(v.flatten().numpy()[order] - shifts).x  # pyright: ignore
         found = stacked(L1().prox_all_pairs(v, step)).flatten().numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def law_monotone(fit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Few members or many, in several columns: each column is fitted as scipy does."""
+    generator = torch.Generator().manual_seed(4)
+    for count in (2, MANY, MANY + 1, 100):
+        stack = torch.randn(count, 3, 2, generator=generator, dtype=torch.float64)
+        expected = [isotonic_regression(column).x for column in stack.reshape(count, -1).T.numpy()]  # pyright: ignore
+        np.testing.assert_allclose(fit(stack).reshape(count, -1).T.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_the_monotone_fit_is_the_same_for_few_and_for_many() -> None:
+    law_monotone(distances._monotone)
+
+
+def test_running_maxima_are_no_monotone_fit() -> None:
+    with pytest.raises(AssertionError):
+        law_monotone(lambda stack: stack.cummax(0).values)
+
+
+def law_of_directions(cosine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Lengths make no difference, also where their squares are beyond float32."""
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([4.0, -3.0])
+    for a, b in itertools.product((1.0, 1e25, 1e-25), repeat=2):
+        for other, expected in ((x, 0.0), (y, 1.0), (-x, 2.0)):
+            assert cosine(a * x, b * other).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_cosine_of_huge_and_of_tiny_groups_is_that_of_their_directions() -> None:
+    law_of_directions(Cosine().between)
+    assert Cosine().between(torch.zeros(3, 0), torch.zeros(3, 0)).tolist() == [1, 1, 1]
+    tiny = torch.tensor([1e-25, 0.0], requires_grad=True)
+    Cosine().between(tiny, torch.tensor([0.0, 1.0])).backward()
+    assert tiny.grad is not None
+    torch.testing.assert_close(tiny.grad, torch.tensor([0.0, -1e25]))
+
+
+def test_the_plain_formula_fails_the_law_of_directions() -> None:
+    with pytest.raises(AssertionError):
+        law_of_directions(lambda x, y: 1 - (x / x.norm() * (y / y.norm())).sum())
 
 
 @pytest.mark.parametrize("problem", SOLVED, ids=str)

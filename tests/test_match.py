@@ -270,8 +270,10 @@ def test_what_a_pattern_finds_no_partner_for_stays_unpaired() -> None:
     result = match(models, pairs={"a.enc.*.weight": "b.net.*.weight"})
     assert members(result) == [["a.enc.0.up.weight[whole]", "b.net.0.up.weight[whole]"]]
     reasons = {each.name: each.reason for each in result.unpaired}
-    assert "expected 'b.net.1.up.weight' to name a parameter, got none of that name" in reasons["a.enc.1.up.weight"]
-    assert "expected parameters of one shape, got [(2, 3), (2, 4)]" in reasons["a.enc.0.down.weight"]
+    assert reasons["a.enc.1.up.weight"] == "no b.net.1.up.weight"
+    assert reasons["a.enc.0.down.weight"] == (
+        "other shape: a.enc.0.down.weight has (2, 3), b.net.0.down.weight has (2, 4)"
+    )
     assert reasons["b.net.0.down.weight"] == reasons["a.enc.0.down.weight"]
     assert reasons["c.net.0.up.weight"] == "no pair names it"
 
@@ -383,6 +385,14 @@ def test_other_agreements_fail_the_law(broken: Agree) -> None:
         law_agreement(broken)
 
 
+def test_complex_numbers_agree_with_both_parts() -> None:
+    models = {name: Hollow() for name in "ab"}
+    for name, value in (("a", 3 + 4j), ("b", 3 - 4j)):
+        models[name].weight = nn.Parameter(torch.tensor([value]))
+    (pair,) = match(models).pairs
+    assert (pair.cosine, pair.distance) == pytest.approx(((9 - 16) / 25, 8 / 5))
+
+
 def test_zeros_agree_with_zeros_only() -> None:
     models = {name: nn.Linear(2, 2, bias=False) for name in "ab"}
     with torch.no_grad():
@@ -450,8 +460,16 @@ def test_all_is_shown_in_a_table() -> None:
 
 # ---------------------------------------------------------------- bad input
 
+
+class Hollow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0, 3))
+
+
 TWO = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 4)}
 SAME = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)}
+EMPTY = {name: Hollow() for name in "ab"}
 X = torch.zeros(2, 4)
 
 
@@ -484,7 +502,11 @@ X = torch.zeros(2, 4)
         (TWO, {"pairs": {("a.bias", INPUTS): "b.weight"}}, r"a.bias: Groups.inputs\(\): expected a parameter with"),
         (TWO, {"pairs": {("a.bias", Groups.elements()): "b.weight"}}, r"along as many axes, got \[1, 2\]"),
         (TWO, {"pairs": {("a.bias", Groups.whole(), range(2)): "b.bias"}}, "expected Groups that are several"),
-        (TWO, {"pairs": {("a.bias", OUTPUTS, range(1, 3)): "b.bias"}}, r"a.bias: expected groups below 2, got"),
+        (TWO, {"pairs": {("a.bias", OUTPUTS, range(1, 3)): "b.bias"}}, "a.bias: expected outputs from 0 to 1, got"),
+        (TWO, {"pairs": {("a.weight", FILTERS, range(9)): ("b.weight", FILTERS, range(9))}}, "filters from 0 to 1"),
+        (EMPTY, {"pairs": {("a.weight", OUTPUTS): "b.weight"}}, "got none in a.weight, whose shape is"),
+        (SAME, {"by": "activations"}, "by: expected it with align=True, got it without"),
+        (SAME, {"example_inputs": X}, "example_inputs: expected it with align=True, got it without"),
         (TWO, {"pairs": {("a.bias", OUTPUTS, range(0)): "b.bias"}}, "expected the range of a.bias to choose as many"),
         (TWO, {"pairs": {("a.bias", OUTPUTS): ("b.bias", OUTPUTS, slice(1, 4))}}, r"got \(3,\) beside \(2,\)"),
         (SAME, {"pairs": {"a.weight": "a.weight"}}, r"a.weight\[whole\]: expected one partner .* it is one parameter"),

@@ -14,12 +14,13 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
 from tying.errors import PlanError
-from tying.find.permute import Order, Reference, Side, Space, run
+from tying.find.permute import TOLERANCE, Order, Reference, Side, Space, run
+from tying.outputs import difference
 
 Array: TypeAlias = NDArray[np.float64]
 
-IMAGES = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
-"""The layers whose units lie along dimension 1 of what they give; those of others along the last."""
+BATCH = 64
+"""How many samples of the example inputs are looked at together, where the models take them apart."""
 
 LEAST = 1e-9
 """The gain, relative to the size of what is compared, below which units stay where they are."""
@@ -47,8 +48,8 @@ def by_weights(
     Source: Ainsworth, Hayase, Srinivasa, *Git Re-Basin*, ICLR 2023 (arXiv 2209.04836), section 3.2; the first sweep is
     not in it.
     """
-    wanted = {name: target.detach().double().cpu().numpy() for name, target in targets.items()}
-    start = {name: tensors[name].detach().double().cpu().numpy() for name in wanted}
+    wanted = {name: _numbers(target) for name, target in targets.items()}
+    start = {name: _numbers(tensors[name]) for name in wanted}
     compared = [any(side.name in wanted for side in space.sides) for space in spaces]
     within = [space for space, counts in zip(spaces, compared, strict=True) if counts]
     search = _Search(within, wanted)
@@ -81,9 +82,14 @@ def by_activations(
     Source: Li, Yosinski, Clune, Lipson, Hopcroft, *Convergent Learning*, 2015 (arXiv 1511.07543).
     """
     sides = {side.name: side for space in spaces for side in space.makers if side.name in names}
-    mine = _activations(model, {name: name for name in sides}, sides)
-    theirs = _activations(other, {name: names[name] for name in sides}, sides)
-    return [_most_correlated(space, mine, theirs) for space in spaces]
+    found = {name: _Correlations(side) for name, side in sides.items()}
+    for one, another in _batches(model, other):
+        mine = _activations(model, {name: name for name in sides}, sides, one)
+        theirs = _activations(other, {name: names[name] for name in sides}, sides, another)
+        for name in sides:
+            if name in mine and name in theirs and mine[name].shape == theirs[name].shape:
+                found[name].add(theirs[name], mine[name])
+    return [_most_correlated(space, found) for space in spaces]
 
 
 class _Search:
@@ -177,6 +183,12 @@ class _Search:
         return sum(float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs)
 
 
+def _numbers(tensor: Tensor) -> Array:
+    """Return a tensor in float64; complex numbers as two real ones along a last axis."""
+    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    return real.double().cpu().numpy()
+
+
 def _units(tensor: Array, side: Side, known: Sequence[NDArray[np.bool_]] | None) -> Array:
     """Return what each unit has of the tensor, `(units, numbers)`, only where the other axes are known."""
     for axis, mask in enumerate(known or ()):
@@ -186,42 +198,94 @@ def _units(tensor: Array, side: Side, known: Sequence[NDArray[np.bool_]] | None)
 
 
 def _assign(scores: Array) -> Order:
-    """Return the column of each row so that the sum of the scores is largest."""
+    """Return, for each place k, the unit u that it gets, so that the sum of scores[k, u] is largest."""
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(scores, maximize=True)[1].astype(np.int64)
 
 
-def _most_correlated(space: Space, mine: Mapping[str, Array], theirs: Mapping[str, Array]) -> Order | None:
-    makers = {side.name.rpartition(".")[0]: side for side in reversed(space.makers) if side.name in mine}
-    scores, seen = np.zeros((space.units,) * 2), False
-    for side in makers.values():  # once per module
-        if side.name in theirs and mine[side.name].shape == theirs[side.name].shape:
-            seen = True
-            for column in side.indices.T:  # the corresponding positions of a unit that is several
-                scores += theirs[side.name][:, column].T @ mine[side.name][:, column]
-    return _assign(scores) if seen else None
+class _Correlations:
+    """Of a layer's units in two models, gathered batch by batch, about the means of the first batch."""
+
+    def __init__(self, side: Side) -> None:
+        self.indices, self.count = side.indices, 0
+
+    def add(self, theirs: Array, mine: Array) -> None:
+        """Take in observations of both, `(observations, units)` each."""
+        both = np.stack([theirs, mine])
+        if not self.count:
+            self.origin = both.mean(1)
+            self.sums, self.squares = np.zeros_like(self.origin), np.zeros_like(self.origin)
+            self.products = np.zeros((self.indices.shape[1], len(self.indices), len(self.indices)))
+        both -= self.origin[:, None]
+        self.count += both.shape[1]
+        self.sums += both.sum(1)
+        self.squares += np.square(both).sum(1)
+        self.products += [both[0][:, line].T @ both[1][:, line] for line in self.indices.T]
+
+    def scores(self) -> Array:
+        """Return the correlations, `(units, units)`, summed over the corresponding positions of a unit that is several.
+
+        Zero where a unit is constant.
+        """
+        means = self.sums / self.count
+        lengths = np.sqrt(np.maximum(self.squares - self.count * means**2, 0))
+        whole = self.squares + 2 * self.origin * self.sums + self.count * self.origin**2
+        alive = lengths > 1e-12 * np.sqrt(np.maximum(whole, 0))
+        inverse = np.where(alive, 1 / np.where(alive, lengths, 1), 0)
+        total = np.zeros(self.products.shape[1:])
+        for line, products in zip(self.indices.T, self.products, strict=True):
+            centred = products - self.count * np.outer(means[0][line], means[1][line])
+            total += inverse[0][line][:, None] * centred * inverse[1][line]
+        return total
 
 
-def _activations(model: Reference, names: Mapping[str, str], sides: Mapping[str, Side]) -> dict[str, Array]:
-    """Return, by the keys, the standardised outputs of the layers that own these tensors: `(observations, units)`."""
+def _most_correlated(space: Space, found: Mapping[str, _Correlations]) -> Order | None:
+    makers = {side.name.rpartition(".")[0]: side.name for side in reversed(space.makers) if side.name in found}
+    seen = [found[name].scores() for name in makers.values() if found[name].count]  # once per module
+    return _assign(sum(seen, np.zeros((space.units,) * 2))) if seen else None
+
+
+def _batches(model: Reference, other: Reference) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Return the example inputs of both models in batches of samples; whole where a model mixes the samples."""
+    lengths = {len(x) if x.dim() else 0 for each in (model, other) for x in each.given}
+    if len(lengths) > 1 or not max(lengths, default=0) > BATCH or not (_is_batched(model) and _is_batched(other)):
+        return [(model.given, other.given)]
+    mine, theirs = (zip(*(x.split(BATCH) for x in each.given), strict=True) for each in (model, other))
+    return list(zip(mine, theirs, strict=True))
+
+
+def _is_batched(model: Reference) -> bool:
+    """Whether the first samples alone give the first outputs."""
+    first = tuple(x[:BATCH] for x in model.given)
+    whole = run(model.model, model.given)
+    return all(x.dim() and len(x) == len(model.given[0]) for x in whole) and (
+        difference([x[:BATCH] for x in whole], run(model.model, first)) <= TOLERANCE
+    )
+
+
+def _activations(
+    model: Reference, names: Mapping[str, str], sides: Mapping[str, Side], inputs: tuple[Tensor, ...]
+) -> dict[str, Array]:
+    """Return, by the keys, the outputs of the layers that own these tensors: `(observations, units)`."""
     caught: dict[str, list[Tensor]] = {key: [] for key in names}
     handles: list[RemovableHandle] = []
     for key, name in names.items():
         module = model.model.get_submodule(name.rpartition(".")[0])
-        units, images = model.tensors[name].shape[sides[key].axis], isinstance(module, IMAGES)
+        units, axis = model.tensors[name].shape[sides[key].axis], _axis(module)
 
         def catch(
-            _: nn.Module, __: object, output: object, key: str = key, units: int = units, images: bool = images
+            _: nn.Module, __: object, output: object, key: str = key, units: int = units, axis: int = axis
         ) -> None:
-            if isinstance(output, Tensor) and output.dim() > 1:
-                dims = [dim for dim in ((1, -1) if images else (-1, 1)) if output.shape[dim] == units]
-                caught[key] += [output.movedim(dim, -1).reshape(-1, units) for dim in dims[:1]]
+            if not isinstance(output, Tensor) or output.is_complex() or output.dim() < max(2, -axis):
+                return
+            if output.shape[axis] == units:
+                caught[key].append(output.movedim(axis, -1).reshape(-1, units))
 
         if next(module.children(), None) is None:
             handles.append(module.register_forward_hook(catch))
     try:
-        run(model.model, model.given)
+        run(model.model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -232,12 +296,11 @@ def _activations(model: Reference, names: Mapping[str, str], sides: Mapping[str,
                 f"{model.name}.{names[key]}: expected finite activations to align by, got NaN or infinity; "
                 "take other example inputs, or align by weights"
             )
-    return {key: _standardised(values.numpy()) for key, values in observed.items()}
+    return {key: values.numpy() for key, values in observed.items()}
 
 
-def _standardised(observations: Array) -> Array:
-    """Return each unit's deviations from its mean, of length 1; zeros where it is constant."""
-    values = observations - observations.mean(0)
-    lengths = np.linalg.norm(values, axis=0)
-    alive = lengths > 1e-12 * np.linalg.norm(observations, axis=0)
-    return np.where(alive, values / np.where(alive, lengths, 1), 0)
+def _axis(module: nn.Module) -> int:
+    """Return along which dimension of what a layer gives its units lie, with or without a batch."""
+    if isinstance(module, _ConvNd):
+        return 1 - module.weight.dim()
+    return 1 if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)) else -1

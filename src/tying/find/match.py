@@ -130,8 +130,9 @@ def match(
 
     Raises:
         PlanError: One model where two are needed, a pattern without a match, parameters or groups that don't compare,
-            a group that is paired twice, a model that can't be followed, copied or run in float64, or whose function
-            would change. Nothing is changed then.
+            a group that is paired twice, `by` or `example_inputs` without `align`; a model that can't be followed,
+            copied or run in float64, that gives NaN or infinity, has parameters that its forward does not use, or
+            whose function would change. Nothing is changed then.
 
     Source: Ainsworth, Hayase, Srinivasa, *Git Re-Basin*, ICLR 2023 (arXiv 2209.04836); Li et al., *Convergent
     Learning*, 2015 (arXiv 1511.07543).
@@ -158,19 +159,27 @@ def match(
     prefixed = by_name(models)
     _check_arguments(prefixed, pairs, align, example_inputs, by, equal)
     parameters = Parameters.of(models)
-    if equal:
-        ties: list[Tie] = equal_ties(parameters.named)
-        unpaired = unpaired_of(parameters, ties, {}, "equal to no other")
-    else:
-        ties, unpaired = by_name_and_shape(parameters) if pairs is None else by_map(parameters, pairs)
-    plan = TiePlan(ties, {"match": "what is equal" if equal else "by name and shape" if pairs is None else "by a map"})
-    plan.check_fits(parameters.named)
+    plan, unpaired = _plan(parameters, pairs, equal)
     aligned: list[Aligned] = []
     if align:
         plan = replace(plan, provenance={**plan.provenance, "aligned": f"by {by}"})
         aligned = align_units(prefixed, plan, _by_model(prefixed, example_inputs), by)
     agreement = [_agreement(tie, parameters.named) for tie in plan]
     return Match(plan.ties, plan.provenance, tuple(agreement), tuple(unpaired), tuple(aligned))
+
+
+def _plan(parameters: Parameters, pairs: Pairs | None, equal: bool) -> tuple[TiePlan, list[Unpaired]]:
+    """Return what corresponds, and the parameters that have no partner."""
+    if equal:
+        ties = equal_ties(parameters.named)
+        how, unpaired = "what is equal", unpaired_of(parameters, ties, {}, "equal to no other")
+    elif pairs is None:
+        how, (ties, unpaired) = "by name and shape", by_name_and_shape(parameters)
+    else:
+        how, (ties, unpaired) = "by a map", by_map(parameters, pairs)
+    plan = TiePlan(ties, {"match": how})
+    plan.check_fits(parameters.named)
+    return plan, unpaired
 
 
 def _check_arguments(
@@ -185,6 +194,9 @@ def _check_arguments(
         raise PlanError("equal: expected it alone, got pairs or align with it; call match once for each")
     if by not in ("weights", "activations"):
         raise PlanError(f"by: expected 'weights' or 'activations', got {by!r}; choose one of them")
+    if not align and (by != "weights" or example_inputs is not None):
+        given = "by" if by != "weights" else "example_inputs"
+        raise PlanError(f"{given}: expected it with align=True, got it without; add align=True, or leave it out")
     if align and example_inputs is None:
         raise PlanError("example_inputs: expected what the models take, for align=True, got None; pass a small batch")
 
@@ -218,12 +230,18 @@ def _agreement(tie: Tie, parameters: Mapping[str, Tensor]) -> Pair:
     if any(parameters[member.parameter].is_meta for member in tie.members):
         return Pair(tie.members, tuple(counts), tuple(paired), math.nan, math.nan)
     with torch.no_grad():
-        matrix = torch.cat([m.groups.read(parameters[m.parameter]).cpu().double() for m in tie.members])
+        matrix = torch.cat([_real(m.groups.read(parameters[m.parameter])) for m in tie.members])
         x, y = (matrix[torch.as_tensor(chosen)] for chosen in (later, firsts[later]))
         lengths = float(x.norm()), float(y.norm())
         distance = float((x - y).norm()) / max(*lengths, 1e-300)
         cosine = float((x * y).sum()) / (lengths[0] * lengths[1]) if all(lengths) else float(lengths[0] == lengths[1])
     return Pair(tie.members, tuple(counts), tuple(paired), cosine, distance)
+
+
+def _real(matrix: Tensor) -> Tensor:
+    """Return groups in float64 on the CPU, `(G, D)`; complex numbers as two real ones, `(G, 2 D)`."""
+    wide = torch.view_as_real(matrix.resolve_conj()).flatten(1) if matrix.is_complex() else matrix
+    return wide.cpu().double()
 
 
 def _named(member: Member) -> str:

@@ -201,20 +201,21 @@ def _resolved(
     if not matched:
         raise PlanError(_no_such(left.pattern, parameters))
     whole = all(selector.groups is None for selector in selectors)
-    complete = 0
+    complete, first_problem = 0, ""
     for name, parts in matched:
         names = (name, *(_filled(right.pattern, parts) for right in rights))
-        problem = _problem(parameters, names, whole)
-        if problem is None:
+        reason, problem = _problem(parameters, names, whole)
+        if not reason:
             complete += 1
             yield names
         elif not stars or all("*" not in right.pattern for right in rights):
             raise PlanError(problem)
         else:
-            reasons.update({each: problem for each in names if each in parameters.named})
+            reasons.update({each: reason for each in names if each in parameters.named})
+            first_problem = first_problem or problem
     if not complete:
         raise PlanError(
-            f"pairs: expected {left.pattern!r} to find a partner, got none: {reasons[matched[0][0]]}; "
+            f"pairs: expected {left.pattern!r} to find a partner, got none: {first_problem}; "
             "correct the pattern on the right"
         )
 
@@ -224,17 +225,18 @@ def _filled(pattern: str, parts: Sequence[str]) -> str:
     return first + "".join(part + text for part, text in zip(parts, rest, strict=False))
 
 
-def _problem(parameters: Parameters, names: Sequence[str], whole: bool) -> str | None:
+def _problem(parameters: Parameters, names: Sequence[str], whole: bool) -> tuple[str, str]:
+    """Return why the names can't face each other, in a few words and as a message; or nothing."""
     for name in names:
         if name not in parameters.named:
-            return _no_such(name, parameters)
+            return f"no {name}", _no_such(name, parameters)
     shapes = [parameters.shape(name) for name in names]
     if whole and len(set(shapes)) > 1:
-        return (
+        return f"other shape: {', '.join(f'{n} has {s}' for n, s in zip(names, shapes, strict=True))}", (
             f"{' ~ '.join(names)}: expected parameters of one shape, got {shapes}; to pair some of their groups, or a "
             "transpose, give Groups: (name, Groups.outputs())"
         )
-    return None
+    return "", ""
 
 
 def _no_such(name: str, parameters: Parameters) -> str:
@@ -262,6 +264,11 @@ def _facing(parameters: Parameters, names: Sequence[str], selectors: Sequence[_S
         )
     block = tuple(min(lengths) for lengths in zip(*(side.grid.shape for side in sides), strict=True))
     for side in sides:
+        if side.grid.size == 0 and not side.strict:
+            raise PlanError(
+                f"{title}: expected groups to pair, got none in {side.name}, whose shape is "
+                f"{parameters.shape(side.name)}; leave it out"
+            )
         if side.grid.size == 0 or (side.strict and side.grid.shape != block):
             raise PlanError(
                 f"{title}: expected the range of {side.name} to choose as many groups as it is paired with, got "
@@ -281,14 +288,15 @@ def _chosen(parameters: Parameters, name: str, selector: _Selector, otherwise: G
             raise PlanError(
                 f"{name}: expected Groups that are several, got {groups} with {selector.part}; leave it out"
             )
+        for length in grid.shape:
+            if isinstance(selector.part, range) and any(not 0 <= i < length for i in selector.part):
+                raise PlanError(f"{name}: expected {groups} from 0 to {length - 1}, got {selector.part}; shorten it")
         grid = grid[np.ix_(*(_positions(selector.part, length) for length in grid.shape))]
-        if isinstance(selector.part, range) and grid.ndim == 1 and len(grid) < len(selector.part):
-            raise PlanError(f"{name}: expected groups below {count}, got {selector.part}; shorten it")
     return _Facing(name, groups, grid, selector.part is not None)
 
 
 def _positions(part: range | slice, length: int) -> list[int]:
-    return list(range(length)[part]) if isinstance(part, slice) else [i for i in part if 0 <= i < length]
+    return list(range(length)[part]) if isinstance(part, slice) else list(part)
 
 
 class _Table:

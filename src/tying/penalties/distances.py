@@ -22,6 +22,9 @@ from tying.penalties.sequences import check_not_negative
 
 Stack: TypeAlias = Tensor | Sequence[Tensor]
 
+MANY = 32
+"""The number of members above which a monotone fit goes column by column, in time that grows with them only."""
+
 
 @dataclass(frozen=True)
 class Distance(ABC):
@@ -320,14 +323,24 @@ def _from_mean(stack: Tensor) -> tuple[Tensor, Tensor]:
 
 def _direction(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Return the groups at length 1, `(…, D)`, and 1 for those that are zero, `(…)`, which stay zero."""
-    norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
-    zero = norm == 0
-    return groups * torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norm)), zero.squeeze(-1).to(groups.dtype)
+    if not groups.shape[-1]:
+        return groups, torch.ones(groups.shape[:-1], dtype=groups.dtype, device=groups.device)
+    largest = groups.detach().abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    scaled = groups / torch.where(zero, 1.0, largest)  # so that no square is too large or too small for its dtype
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled * torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, norm)), zero.squeeze(-1).to(groups.dtype)
 
 
 def _monotone(stack: Tensor) -> Tensor:
     """Return the nearest non-decreasing sequence along dimension 0: y_k = max_{i≤k} min_{j≥k} mean(x_i … x_j)."""
     count = len(stack)
+    if count > MANY:
+        from scipy.optimize import isotonic_regression
+
+        columns = stack.detach().cpu().numpy().reshape(count, -1)
+        fitted = [torch.from_numpy(isotonic_regression(column).x) for column in columns.T]
+        return torch.stack(fitted, 1).reshape(stack.shape).to(stack) if fitted else stack
     sums = torch.cat([torch.zeros_like(stack[:1]), stack.cumsum(0)])
     fit = torch.full_like(stack, -math.inf)
     for start in range(count):
