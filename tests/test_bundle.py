@@ -600,6 +600,19 @@ def test_what_was_tied_is_tied_and_guarded_again(tmp_path: Path) -> None:
         read["b"](FLAT)
 
 
+def test_a_module_dict_that_was_tied_is_one_network(tmp_path: Path) -> None:
+    models = nn.ModuleDict({"a": mlp(), "b": mlp()})
+    tie_(models, TiePlan([whole("a.2.weight", "b.2.weight")]))
+    store.save(models, tmp_path / "both.safetensors")
+    read = store.load(tmp_path / "both.safetensors", nn.ModuleDict({"a": mlp(), "b": mlp()}))
+    law_same(dict(models), dict(read), FLAT)
+    assert check(read)
+    assert read["a"][2].weight is read["b"][2].weight
+    read["b"][2].weight = nn.Parameter(torch.ones(9, 9))
+    with pytest.raises(TieError, match=r"2\.weight"):
+        read["b"](FLAT)
+
+
 def test_a_network_read_alone_is_trained_alone(tmp_path: Path) -> None:
     store.save(tied_pair(), tmp_path / "pair.safetensors")
     alone = store.load(tmp_path / "pair.safetensors", Autoencoder(), name="b")
