@@ -129,9 +129,8 @@ def recover(case: Case, by: Any, noise: float, seed: int) -> dict[str, float]:
     other = copy.deepcopy(model)
     x = torch.randn(2 if by == "weights" else case.samples, *case.shape)
     spaces = spaces_of(find_channels(other, x[:2]))
-    free = [
-        space for space, moves in zip(spaces, Reference("b", other, (x[:2],)).movable(spaces), strict=True) if moves
-    ]
+    reasons = Reference("b", other, (x[:2],)).reasons(spaces)
+    free = [space for space, reason in zip(spaces, reasons, strict=True) if reason is None]
     random = np.random.default_rng(seed)
     planted = [(space, random.permutation(space.units)) for space in free]
     tensors = tensors_of(other)

@@ -163,17 +163,18 @@ def monotone(points: list[dict[str, object]]) -> int:
 
 def limit(seeds: int, epochs: int) -> dict[str, object]:
     strength = STRENGTHS[-1]
-    differences, apart_from_sum = [], []
+    differences, tested = [], []
     for seed in range(seeds):
         models = soft(seed, epochs, strength, "prox")
         assert models is not None
-        differences.append(largest_difference(models, hard(seed, epochs)))
-        apart_from_sum.append(accuracies(hard(seed, epochs), seed))
+        tied = hard(seed, epochs)
+        differences.append(largest_difference(models, tied))
+        tested.append(accuracies(tied, seed))
     print(f"at {strength:.0e}: the largest difference to the hard tie is {max(differences):.1e}")
     return {
         "strength": strength,
         "largest_difference_to_hard_tie": differences,
-        "accuracy_of_hard_tie": {n: statistics.mean(each[at] for each in apart_from_sum) for at, n in enumerate("ab")},
+        "accuracy_of_hard_tie": {n: statistics.mean(each[at] for each in tested) for at, n in enumerate("ab")},
     }
 
 

@@ -518,6 +518,14 @@ def test_layers_of_other_sizes_stay_and_the_rest_is_aligned() -> None:
     assert torch.equal(a[6].weight, b[6].weight)
 
 
+def test_units_of_which_only_some_are_paired_stay() -> None:
+    torch.manual_seed(0)
+    models = {name: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)) for name in "ab"}
+    pairs = {("a.0.weight", Groups.outputs(), range(3)): ("b.0.weight", Groups.outputs(), range(3))}
+    (told,) = match(models, pairs=pairs, align=True, example_inputs=torch.randn(2, 4)).aligned
+    assert told.reason == "only some of their groups are paired"
+
+
 def test_a_transpose_is_faced() -> None:
     """The encoder's hidden units are what the other's decoder reads."""
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -109,7 +109,9 @@ class _Aligner:
         self, name: str, spaces: Sequence[Space], unused: Sequence[str], partners: Mapping[str, _Partner]
     ) -> list[str | None]:
         """Return why the units of each space stay, None where they may move."""
-        reasons = [_fixed(space, self.tensors[name], partners, self.shared) for space in spaces]
+        named = {member.parameter for tie in self.plan for member in tie.members}
+        in_part = {local for local in self.tensors[name] if qualified(name, local) in named}
+        reasons = [_fixed(space, self.tensors[name], partners, in_part, self.shared) for space in spaces]
         free = [space for space, reason in zip(spaces, reasons, strict=True) if reason is None]
         if free:
             _refuse_unused(name, unused)
@@ -196,14 +198,27 @@ def _same_labels(tie: Tie, one: int, other: int, now: Mapping[str, Tensor]) -> b
 
 
 def _fixed(
-    space: Space, tensors: Mapping[str, Tensor], partners: Mapping[str, _Partner], shared: Mapping[int, str]
+    space: Space,
+    tensors: Mapping[str, Tensor],
+    partners: Mapping[str, _Partner],
+    in_part: Set[str],
+    shared: Mapping[int, str],
 ) -> str | None:
-    """Return why the units of a space stay, if that is known without trying."""
+    """Return why the units of a space stay, if that is known without trying.
+
+    Args:
+        space: The units.
+        tensors: The model's, by name.
+        partners: What those are paired with that are paired in full.
+        in_part: The names of all that are paired.
+        shared: What else a tensor is.
+    """
     for side in space.sides:
         if id(tensors[side.name]) in shared:
             return f"{side.name} is also {shared[id(tensors[side.name])]}"
     if not any(side.name in partners for side in space.sides):
-        return "no parameter of theirs is paired"
+        some = any(name in in_part for side in space.sides for name in (side.name, *side.aliases))
+        return "only some of their groups are paired" if some else "no parameter of theirs is paired"
     return space.lost
 
 
