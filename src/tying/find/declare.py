@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from tying.errors import PlanError
+from tying.find.pairs import Parameters
 from tying.groups import Groups
-from tying.models import Models, by_name, parameters_of
+from tying.models import Models, by_name
 from tying.patterns import fitting
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
 
@@ -45,15 +46,15 @@ def declare(
         TiePlan (declare: by hand)
           encoder.weight[outputs] ~ decoder.weight[inputs]: 6 groups → 3 values, 0 pruned
     """
-    named = _Named(models)
-    parameters = named.parameters
+    known = Parameters.of(models)
+    parameters = known.named
     ties = [_labelled(key, given) for key, given in (labels or {}).items()]
     for selectors in equal:
         if isinstance(selectors, str):
             raise PlanError(
                 f"equal: expected sets of parameters, got the name {selectors!r}; write equal=[[{selectors!r}, ...]]"
             )
-        members = _select(named, selectors)
+        members = _select(models, known, selectors)
         if len(members) < 2:
             raise PlanError(
                 f"equal: expected at least two parameters for {_listed(selectors)}, got {len(members)}; "
@@ -77,24 +78,6 @@ def declare(
     return plan
 
 
-class _Named:
-    """The models' parameters and modules by full name, and in which model each parameter stands: read once."""
-
-    def __init__(self, models: Models) -> None:
-        prefixed = by_name(models)
-        self.parameters = parameters_of(models)
-        self.model = {
-            qualified(prefix, name): prefix
-            for prefix, model in prefixed.items()
-            for name, _ in model.named_parameters(remove_duplicate=False)
-        }
-        self.modules = [
-            (qualified(prefix, name), module)
-            for prefix, model in prefixed.items()
-            for name, module in model.named_modules()
-        ]
-
-
 def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
     if not isinstance(key, tuple) or len(key) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
         raise PlanError(
@@ -104,31 +87,31 @@ def _labelled(key: tuple[str, Groups], labels: ArrayLike) -> Tie:
     return Tie.of(*key, labels)
 
 
-def _select(named: _Named, selectors: Sequence[Selector]) -> list[Member]:
+def _select(models: Models, known: Parameters, selectors: Sequence[Selector]) -> list[Member]:
     """Return what the set selects, in its order: of a weight with several names in one model, the first selected."""
-    known: dict[tuple[str, int, Groups], str] = {}
+    first: dict[tuple[tuple[str, int], Groups], str] = {}
     members: list[Member] = []
     for selector in selectors:
         groups = selector[1] if isinstance(selector, tuple) else Groups.whole()
-        for name in _names(named, selector):
-            first = known.setdefault((named.model[name], id(named.parameters[name]), groups), name)
-            if first == name:  # selected twice by one name: the tie says so
-                members.append(Member(name, groups))
+        names = _names(models, known, selector)
+        # What is selected twice by one name stays: the tie says so.
+        members += [Member(n, groups) for n in names if first.setdefault((known.key(n), groups), n) == n]
     return members
 
 
-def _names(named: _Named, selector: Selector) -> list[str]:
+def _names(models: Models, known: Parameters, selector: Selector) -> list[str]:
     """Return the names that a selector stands for."""
     pattern = selector[0] if isinstance(selector, tuple) else selector
     if isinstance(pattern, str):
-        found = [pattern] if pattern in named.parameters else fitting(pattern, named.parameters)
+        found = [pattern] if pattern in known.named else fitting(pattern, known.named)
     else:
-        weights = (qualified(name, "weight") for name, module in named.modules if isinstance(module, pattern))
-        found = [name for name in weights if name in named.parameters]
+        modules = ((p, name, m) for p, model in by_name(models).items() for name, m in model.named_modules())
+        weights = (qualified(p, qualified(name, "weight")) for p, name, m in modules if isinstance(m, pattern))
+        found = [name for name in weights if name in known.named]
     if not found:
         raise PlanError(
             f"{_listed([selector])}: expected to match a parameter of the model, got none; the model has "
-            f"{', '.join(named.parameters)}: name one of them"
+            f"{', '.join(known.named)}: name one of them"
         )
     return found
 
