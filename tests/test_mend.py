@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -91,6 +93,24 @@ def test_both_ends_copied_stay_tied_and_one_end_alone_is_not_trained():
     untie_(alone)
     alone(x).sum().backward()
     assert check(models)
+
+
+def test_any_model_tells_what_broke_in_another():
+    models = pair()
+    tie_(models, CASES["two models, all"][1])
+    models["a"].encoder = nn.Linear(5, 3).double()
+    with pytest.raises(TieError, match=r"encoder\.weight: expected the value of"):
+        models["b"](torch.zeros(1, 5, dtype=torch.float64))
+
+
+def test_a_model_is_not_kept_alive_by_those_that_are_tied_with_it():
+    models = pair()
+    tie_(models, CASES["two models, all"][1])
+    layer = weakref.ref(models["b"].encoder)
+    del models["b"]
+    models["a"](torch.zeros(1, 5, dtype=torch.float64))
+    gc.collect()
+    assert layer() is None
 
 
 def test_a_copy_alone_does_not_mind_ties_that_lie_in_another_model():

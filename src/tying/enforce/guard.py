@@ -63,8 +63,11 @@ class Guard:
 
     def intact(self) -> bool:
         """Whether everything stands where it stood when it was last examined."""
-        if torch.compiler.is_compiling():  # which can't trace the short cut
-            return all(held.get(key) is expected for held, key, expected in self._checks)
+        if torch.compiler.is_compiling():  # which can't trace the short cut, nor other models
+            return all(held.get(key) is expected for held, key, expected in self._own)
+        for other in self._others:
+            if other() is None:
+                return False
         for held, children in self._containers:
             if list(held.values()) != children:  # modules are equal only to themselves
                 return False
@@ -120,25 +123,24 @@ class Guard:
 
     def _join(self, root: nn.Module) -> None:
         self.bonds.roots[self.prefix] = weakref.ref(root)
-        self._checks: list[Check] = [({}, "", self)]  # which fails: the model may not be whole yet
-        self._containers: list[tuple[dict[str, Any], list[Any]]] = []
-        self._slots = self._checks
+        self._own: list[Check] = [({}, "", self)]  # which fails: the model may not be whole yet
+        self._slots, self._containers = self._own, list[tuple[dict[str, Any], list[Any]]]()
+        self._others: tuple[weakref.ref[nn.Module], ...] = ()
         self._alone: tuple[str, ...] = ()
         self._arriving: list[tuple[Bond, frozenset[str]]] = []
         self._replaced: dict[str, nn.Parameter] = {}
         watch(self)
 
     def remember(self) -> None:
-        """Take what stands in all places now for what should stand there."""
-        root = self.bonds.root(self.prefix)
+        """Take what stands in all places of all models now for what should stand there."""
         checks: dict[tuple[int, str], Check] = {}
-        for bond in self.bonds.bonds:
-            for place in bond.places if root is not None else ():
-                if place.prefix == self.prefix:
-                    for held, key, expected in _checks_of(cast(nn.Module, root), place):
-                        checks[id(held), key] = (held, key, expected)
-        self._checks = list(checks.values())
-        self._containers, self._slots = _condensed(self._checks)
+        self._own = []
+        for place in (place for bond in self.bonds.bonds for place in self.bonds.present(bond)):
+            found = list(_checks_of(cast(nn.Module, self.bonds.root(place.prefix)), place))
+            checks.update({(id(held), key): (held, key, expected) for held, key, expected in found})
+            self._own += found if place.prefix == self.prefix else []
+        self._slots, self._containers = _condensed(list(checks.values()))
+        self._others = tuple(root for prefix, root in self.bonds.roots.items() if prefix != self.prefix and root())
         self._alone = tuple(self.bonds.absent)
 
     def refuse_training(self) -> None:
@@ -184,7 +186,7 @@ def _checks_of(root: nn.Module, place: Place) -> Iterator[Check]:
     yield chain._modules, "1", None  # another parametrization on top
 
 
-def _condensed(checks: list[Check]) -> tuple[list[tuple[dict[str, Any], list[Any]]], list[Check]]:
+def _condensed(checks: list[Check]) -> tuple[list[Check], list[tuple[dict[str, Any], list[Any]]]]:
     """Modules in one container are looked at together, which takes a fifth of the time; the rest one by one."""
     by_container: dict[int, list[Check]] = {}
     for check in checks:
@@ -192,7 +194,7 @@ def _condensed(checks: list[Check]) -> tuple[list[tuple[dict[str, Any], list[Any
     slots = by_container.pop(-1, [])
     several = [each for each in by_container.values() if len(each) > 2]
     slots += [check for each in by_container.values() if len(each) <= 2 for check in each]
-    return [(each[0][0], list(each[0][0].values())) for each in several], slots
+    return slots, [(each[0][0], list(each[0][0].values())) for each in several]
 
 
 def _owner(hook: Any) -> object:
