@@ -51,7 +51,7 @@ bench-ties: .venv/.dev ## A few minutes; what else it tries out (torch-pruning, 
 	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1 peft
 	$(BIN)/python -m benchmarks.ties
 
-bench-align: .venv/.dev
+bench-align: .venv/.dev ## A quarter of an hour
 	$(BIN)/python -m benchmarks.align
 
 bench-soft: .venv/.dev
@@ -60,10 +60,10 @@ bench-soft: .venv/.dev
 bench-bundle: .venv/.dev
 	$(BIN)/python -m benchmarks.bundle
 
-bench-two-domains: .venv/.dev ## Half an hour
+bench-two-domains: .venv/.dev ## A quarter of an hour; goes on where it was after Ctrl-C
 	$(BIN)/python -m benchmarks.two_domains
 
-bench-hybrid: .venv/.dev ## Half an hour
+bench-hybrid: .venv/.dev ## A quarter of an hour
 	$(BIN)/python -m benchmarks.hybrid
 
 .venv/bin/python:

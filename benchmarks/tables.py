@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import several_tables
 from benchmarks.selection_tables import selection
+from benchmarks.two_domains_tables import two_domains
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,13 +43,24 @@ def front() -> Iterator[str]:
     yield from speed(_read("compact_speed"), _read("stage_one_cost"))
     for case in _read("prox")["training"]:
         yield f"- {case['network']}: a training step with GrOWL after it takes {_ratio(case['ratio'])} × one without."
+    yield from several_tables.ties_in_short(_read("ties"))
+    yield from several_tables.bundle_in_short(_read("bundle"))
 
 
 def details() -> Iterator[str]:
-    """What the prox costs and what it selects."""
+    """What the prox costs and what it selects; what several models give."""
     yield from prox(_read("prox"))
     yield ""
     yield from selection(_read("selection"))
+    for name in ("soft", "align", "bundle"):
+        yield ""
+        yield from getattr(several_tables, name)(_read(name))
+    yield ""
+    yield from two_domains(_read("two_domains"))
+    yield ""
+    yield from several_tables.hybrid(_read("hybrid"))
+    yield ""
+    yield from several_tables.ties(_read("ties"))
 
 
 def mnist(results: dict[str, Any]) -> Iterator[str]:
