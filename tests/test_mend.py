@@ -215,3 +215,18 @@ def test_a_tie_that_fails_when_values_are_written_is_undone():
         tie_(models, TiePlan([tie([0, 0], ("a.weight", WHOLE), ("b.weight", WHOLE))]))
     assert all(parameters_of(models)[name] is parameter for name, parameter in before.items())
     assert not any(model._forward_pre_hooks for model in models.values())
+
+
+def test_one_model_after_the_other_is_loaded_by_assignment():
+    models = pair()
+    tie_(models, CASES["two models, all"][1])
+    stored = models["a"].encoder.weight
+    state = Autoencoder(3, 7).state_dict()
+    models["a"].load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    assert torch.equal(models["b"].encoder.weight, state["encoder.weight"])
+    models["b"].load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    assert check(models)
+    assert models["b"].encoder.weight is models["a"].encoder.weight is stored
+    with pytest.raises(TieError, match="as loaded just before"):
+        models["a"].load_state_dict(state)
+        models["b"].load_state_dict(Autoencoder(3, 8).state_dict(), assign=True)

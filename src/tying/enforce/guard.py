@@ -16,6 +16,7 @@ from tying.enforce.mend import mend
 from tying.enforce.steps import released, watch
 from tying.errors import TieError
 from tying.models import Models, by_name
+from tying.plan import qualified
 
 Check = tuple[dict[str, Any], str, object]
 """A dictionary of a module, a key, and the object that should stand there."""
@@ -76,16 +77,16 @@ class Guard:
                 return False
         return True
 
-    def examine(self, *, assigned: bool = False) -> None:
+    def examine(self, *, loaded: bool = False) -> None:
         """Look closely, mend what can be mended, and remember how everything stands now.
 
         Args:
-            assigned: Whether a state dict has just been loaded.
+            loaded: Whether a state dict has just been loaded into this model.
 
         Raises:
             TieError: If a tie is broken and its values differ.
         """
-        if not mend(self.bonds, assigned=assigned):
+        if not mend(self.bonds, loaded=self.prefix if loaded else None):
             self.remember()
         if self._alone and torch.is_grad_enabled():
             self.refuse_training()
@@ -104,13 +105,13 @@ class Guard:
 
     def after_load(self, module: nn.Module, incompatible: object) -> None:
         """Mend what `assign=True` took apart; an optimizer with the former parameters would train none of the new."""
-        self.examine(assigned=True)
+        self.examine(loaded=True)
         for bond, models in self._arriving:
             bond.loaded = (models, bond.stored._version)
         there = {id(parameter) for parameter in module.parameters()}
         for name, parameter in self._replaced.items():
             if id(parameter) not in there:
-                released(parameter, name)
+                released(parameter, qualified(self.prefix, name))
         self._arriving, self._replaced = [], {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class Diagnosis:
     found: tuple[Found, ...] = ()
     problem: str | None = None
     """Why it can't be mended."""
+    reference: Found | None = None
+    """What the others are compared with."""
+    loaded: bool = False
+    """Whether a state dict has just been loaded."""
     functional: bool = False
     """Whether tensors that are no parameters stand in for a while, as in `torch.func.functional_call`."""
 
@@ -45,8 +49,8 @@ class Diagnosis:
         return self.problem is None and (whole or self.functional)
 
 
-def mend(bonds: Bonds, *, assigned: bool = False) -> bool:
-    """Mend every bond, or none; what was mended is logged. `assigned` as for `diagnose`.
+def mend(bonds: Bonds, *, loaded: str | None = None) -> bool:
+    """Mend every bond, or none; what was mended is logged. `loaded` as for `diagnose`.
 
     Returns:
         Whether tensors stand in for a while, so that nothing is to be remembered.
@@ -54,24 +58,24 @@ def mend(bonds: Bonds, *, assigned: bool = False) -> bool:
     Raises:
         TieError: Names the places whose values differ, with both values.
     """
-    diagnoses = [diagnose(bonds, bond, assigned=assigned) for bond in bonds.bonds]
+    diagnoses = [diagnose(bonds, bond, loaded=loaded) for bond in bonds.bonds]
     for diagnosis in diagnoses:
         if diagnosis.problem is not None:
             raise TieError(diagnosis.problem)
     for diagnosis in diagnoses:
-        _store(diagnosis, bonds, assigned)
+        _store(diagnosis, bonds)
         if not diagnosis.holds:
             _log.info("%s: stored once again", ", ".join(found.place.name for found in diagnosis.found))
     return any(diagnosis.functional for diagnosis in diagnoses)
 
 
-def diagnose(bonds: Bonds, bond: Bond, *, assigned: bool = False) -> Diagnosis:
+def diagnose(bonds: Bonds, bond: Bond, *, loaded: str | None = None) -> Diagnosis:
     """Look at all places of a bond; nothing is changed.
 
     Args:
         bonds: What one call of `tie_` put in force.
         bond: One of them.
-        assigned: Whether a state dict has just been loaded: what it replaced has values.
+        loaded: The model into which a state dict has just been loaded: what it brought are the values of all.
     """
     found: list[Found] = []
     for place in bonds.present(bond):
@@ -83,7 +87,8 @@ def diagnose(bonds: Bonds, bond: Bond, *, assigned: bool = False) -> Diagnosis:
         return Diagnosis(bond)
     if torch.compiler.is_compiling() or any(not isinstance(f.tensor, nn.Parameter) for f in found):
         return Diagnosis(bond, tuple(found), _apart_in_one_model(found) or _trained_apart(found), functional=True)
-    return Diagnosis(bond, tuple(found), _disagreement(bond, found, assigned))
+    reference = _reference(bond, found, loaded)
+    return Diagnosis(bond, tuple(found), _disagreement(bond, found, reference, loaded), reference, loaded is not None)
 
 
 def _look(bonds: Bonds, place: Place) -> Found | str:
@@ -139,9 +144,8 @@ def _without_values(bond: Bond, reference: Tensor) -> bool:
     return bond.stored.is_meta and not reference.is_meta and reference._version == 0
 
 
-def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
+def _disagreement(bond: Bond, found: list[Found], reference: Found | None, loaded: str | None) -> str | None:
     """Say which places have different values, or None."""
-    reference = _reference(bond, found)
     if reference is None:
         names = ", ".join(f.place.name for f in found)
         return f"{names}: expected at least one that holds the stored values, got none; {REMEDY}"
@@ -150,13 +154,14 @@ def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
             f"{reference.place.name}: expected what is stored for it, of shape {bond.shape}, got "
             f"{tuple(reference.tensor.shape)}; untie_ before you change shapes, and tie_ again"
         )
-    if not assigned and _without_values(bond, reference.tensor):
+    if loaded is None and _without_values(bond, reference.tensor):
         return (
             f"{reference.place.name}: expected values, got memory that to_empty gave and nobody has written "
             "to; load a state dict, or set what is stored"
         )
+    brought = loaded is not None and reference.tensor is not bond.stored
     for other in found:
-        if other.tensor is reference.tensor and other.installed:
+        if other.installed and (other.tensor is reference.tensor or (brought and other.tensor is bond.stored)):
             continue
         expected = reference.tensor
         if not other.installed:
@@ -173,20 +178,22 @@ def _disagreement(bond: Bond, found: list[Found], assigned: bool) -> str | None:
     return None
 
 
-def _reference(bond: Bond, found: list[Found]) -> Found | None:
-    """What the others are compared with: the stored parameter where it still stands somewhere."""
+def _reference(bond: Bond, found: list[Found], loaded: str | None) -> Found | None:
+    """What a state dict has brought; else the stored parameter where it still stands somewhere."""
     installed = [f for f in found if f.installed]
-    return next((f for f in installed if f.tensor is bond.stored), installed[0] if installed else None)
+    brought = [f for f in installed if f.place.prefix == loaded and f.tensor is not bond.stored]
+    stored = [f for f in installed if f.tensor is bond.stored]
+    return next(iter([*brought, *stored, *installed]), None)
 
 
-def _store(diagnosis: Diagnosis, bonds: Bonds, assigned: bool) -> None:
+def _store(diagnosis: Diagnosis, bonds: Bonds) -> None:
     """Make all places of a bond read one parameter: the stored one, which optimizers know, where it can be."""
     bond, found = diagnosis.bond, diagnosis.found
     if diagnosis.functional or not found:
         return
-    reference = cast(Found, _reference(bond, list(found)))
+    reference = cast(Found, diagnosis.reference)
     if reference.tensor is not bond.stored:
-        replaced = diagnosis.holds and not assigned
+        replaced = diagnosis.holds and not diagnosis.loaded
         if replaced or bond.stored.is_meta or not alike(bond.stored, reference.tensor):
             _adopt(bond, cast(nn.Parameter, reference.tensor))
         else:
