@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Results = Mapping[str, Any]
-NONE = "not applicable"
+NONE, OWN, TORCH = "not applicable", "error, tying's", "error, PyTorch's"
 KINDS = ("inside", "layers", "transposed", "models")
 
 
 def ties_in_short(results: Results) -> Iterator[str]:
     """One line for the front page."""
-    ours = results["counts"]["listed"]["ours"]
-    cells = sum(ours.get(verdict, 0) for verdict in ("kept", "repaired", "error", "silent"))
+    ours = {verdict: n for verdict, n in results["counts"]["listed"]["ours"].items() if verdict != NONE}
     by_hand = [
         row["cells"][kind]["plain, each once"]["verdict"]
         for row in results["operations"].values()
@@ -22,9 +21,10 @@ def ties_in_short(results: Results) -> Iterator[str]:
         if row["listed"]
     ]
     yield (
-        f"- What daily use does to ties, in {cells} cases (operations × kinds of tie): `tie_` keeps {ours['kept']}, "
-        f"mends {ours['repaired']}, says what broke in {ours['error']}, and is silent in {ours.get('silent', 0)}. "
-        f"Shared by hand, {by_hand.count('silent')} of {len(by_hand) - by_hand.count(NONE)} break in silence."
+        f"- What daily use does to ties, in {sum(ours.values())} cases (operations × kinds of tie): `tie_` keeps "
+        f"{ours['kept']}, mends {ours['repaired']}, says by name what broke in {ours[OWN]} (PyTorch says so in "
+        f"{ours[TORCH]}), and is silent in {ours.get('silent', 0)}. Shared by hand, {by_hand.count('silent')} of "
+        f"{len(by_hand) - by_hand.count(NONE)} break in silence."
     )
     cost = results["guard_cost"]["layers of a model of 200"]
     yield (
@@ -197,17 +197,19 @@ def hybrid(results: Results) -> Iterator[str]:
     yield ""
     yield "A digit classifier whose first layer is tied to an unsupervised twin, strength chosen on validation:"
     yield ""
-    yield "| labels per digit | twin | seeds | accuracy | gain on |"
-    yield "|---|---|---|---|---|"
+    rivals = ("strength 0", "weight decay", "k-means, read-out")
+    yield f"| labels per digit | twin | seeds | accuracy | {' | '.join(f'gain on {rival}' for rival in rivals)} |"
+    yield "|---|---|---|---|---|---|---|"
     for setting in results["digits"]:
         for name, method in setting["methods"].items():
-            start = f"| {setting['labels per digit']} | {name} | {setting['seeds']} |"
-            if "chosen" in method:
-                chosen = method["chosen"]
-                gains = "; ".join(f"{rival} {_gain(gain)}" for rival, gain in chosen["gain on"].items())
-                yield f"{start} {_percent(chosen['test'])} | {gains} |"
-            else:
-                yield f"{start} {_percent(method['test'][''])} | |"
+            chosen = method.get("chosen", {"test": method["test"].get(""), "gain on": {}})
+            gains = (_gain(chosen["gain on"][rival]) if rival in chosen["gain on"] else "" for rival in rivals)
+            yield (
+                f"| {setting['labels per digit']} | {name} | {setting['seeds']} | {_percent(chosen['test'])} | "
+                f"{' | '.join(gains)} |"
+            )
+    yield ""
+    yield "[Accuracy against α](results/hybrid_points.png), [against strength](results/hybrid_digits.png)."
 
 
 def _gain(gain: Sequence[float | None]) -> str:

@@ -56,6 +56,8 @@ def two_domains(results: Mapping[str, Any]) -> Iterator[str]:
             if method in of[fewest]:
                 yield f"| {pair} | {METHODS[method]} | " + " | ".join(_gain(of[n][method]) for n in labels) + " |"
         yield f"| {pair} | soft, best | " + " | ".join(_best(of[n]) for n in labels) + " |"
+    yield ""
+    yield "[Accuracy against strength](results/two_domains.png)."
 
 
 def _cell(method: str, means: Mapping[str, Any]) -> str:

@@ -359,7 +359,7 @@ def picture(panels: Mapping[str, Mapping[int, Mapping[str, Line]]], path: Path) 
     axes[0][0].set_ylabel("B: test accuracy − independent, points")
     axes[0][0].legend(title="B's labels\nper digit", fontsize=8, title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
