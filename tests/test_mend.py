@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tied_models import CASES, ENCODERS, OUTPUTS, WHOLE, Autoencoder, pair, tie
-from tying.enforce import check, retie_, tie_, untie_
-from tying.errors import TieError
+from tying.enforce import check, compact, retie_, tie_, untie_
+from tying.errors import CompactError, TieError
 from tying.models import parameters_of
 from tying.plan import TiePlan
 
@@ -230,3 +230,58 @@ def test_one_model_after_the_other_is_loaded_by_assignment():
     models["a"].load_state_dict(state)
     with pytest.raises(TieError, match="as loaded just before"):
         models["b"].load_state_dict(Autoencoder(3, 8).state_dict(), assign=True)
+
+
+def test_a_copy_alone_may_be_loaded_and_only_its_training_is_refused():
+    models = pair()
+    tie_(models, CASES["two models, all"][1])
+    best = copy.deepcopy(models["a"])
+    best.load_state_dict(Autoencoder(3, 7).state_dict())
+    with pytest.raises(TieError, match="trained together"):
+        best(torch.zeros(1, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("case", ["the first units of a wider layer", "some units of each"])
+def test_checkpoints_of_models_that_have_some_units_in_common_load_in_any_order(case, order):
+    build, plan = CASES[case]
+    models, source = build(), build()
+    tie_(models, plan)
+    with torch.no_grad():
+        for name, value in plan.project(parameters_of(source)).items():
+            parameters_of(source)[name].copy_(value)
+    for name in order:
+        models[name].load_state_dict(source[name].state_dict())
+    for name in "ab":
+        assert torch.equal(models[name].encoder.weight, source[name].encoder.weight)
+        assert torch.equal(models[name].encoder.bias, source[name].encoder.bias)
+
+
+@pytest.mark.parametrize("gradient", ["sum", "mean"])
+@pytest.mark.parametrize("flow", ["assign", "to_empty"])
+@pytest.mark.parametrize("case", ["two models, all", "two models, transposed", "some units of each"])
+def test_ties_made_on_the_meta_device_are_loaded(case, flow, gradient):
+    build, plan = CASES[case]
+    source = build()
+    tie_(source, plan, gradient=gradient)
+    states = {name: model.state_dict() for name, model in source.items()}
+    models = {name: model.to("meta") for name, model in build().items()}
+    tie_(models, plan, gradient=gradient)
+    for model in models.values() if flow == "to_empty" else ():
+        model.to_empty(device="cpu")
+    for name, model in models.items():
+        model.load_state_dict(states[name], assign=flow == "assign")
+    assert check(models)
+    for name, model in models.items():
+        torch.testing.assert_close(model(torch.ones(1, 5).double()), source[name](torch.ones(1, 5).double()))
+
+
+def test_a_model_that_is_tied_with_another_is_compacted_once_it_is_untied():
+    models = pair()
+    tie_(models, CASES["two models, all"][1])
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(CompactError, match=r"a\.encoder\.weight ~ b\.encoder\.weight: expected a model by itself"):
+        compact(models["a"], TiePlan([]), x)
+    alone = copy.deepcopy(models["a"])
+    untie_(alone)
+    torch.testing.assert_close(compact(alone, TiePlan([]), x)(x), models["a"](x))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from tied_models import CASES, ENCODERS, pair
-from tying.enforce import tie_, unique_parameters, untie_
+from tying.enforce import check, tie_, unique_parameters, untie_
 from tying.errors import TieError
 from tying.plan import TiePlan
 
@@ -108,3 +108,27 @@ def test_a_parameter_exchanged_within_the_optimizer_is_seen():
     optimizer.param_groups[0]["params"][1] = optimizer.param_groups[0]["params"][0]
     with pytest.raises(TieError, match="times"):
         optimizer.step()
+
+
+def test_a_parameter_that_was_stepped_may_still_be_swapped():
+    models = tied()
+    backward(*models.values())
+    torch.optim.SGD(unique_parameters(models), lr=0.01).step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for model in models.values():
+            model.zero_grad()
+            model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert check(models)
+
+
+def test_a_fused_step_ends_what_was_just_loaded():
+    models = tied()
+    models["a"].load_state_dict(pair()["a"].state_dict())
+    best = {name: value.clone() for name, value in models["b"].state_dict().items()}
+    backward(*models.values())
+    torch.optim.AdamW(unique_parameters(models), fused=True).step()
+    models["b"].load_state_dict(best)
+    assert torch.equal(models["a"].encoder.weight, best["encoder.weight"])

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tying.enforce.expansion import Expansion, Gradient, Stage
@@ -65,8 +65,15 @@ class Bond:
     stepped: Any = field(default=None, compare=False)
     """Which optimizer has used the gradient, and which gradient; weakly. None once there is more of it."""
 
+    watched: int = field(default=0, compare=False)
+    """The id of the parameter whose gradient is watched."""
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stepped": None}
+        return {**self.__dict__, "stepped": None, "watched": 0}
+
+    def values_in(self, tensor: Tensor) -> Tensor:
+        """Return what is stored, or is to be, as `(K, D)`: the values that `labels` count."""
+        return tensor if self.home is None else self.ties[0].members[self.home].groups.read(tensor)
 
     def adopt(self, parameter: nn.Parameter) -> None:
         """Take this parameter for what is stored; where no weight is computed from it, its shape may be another."""

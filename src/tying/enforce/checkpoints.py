@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tying.enforce.bonds import Bond, Bonds, Place, chain_at
+from tying.enforce.bonds import Bond, Bonds, Place
 from tying.enforce.difference import difference
 from tying.enforce.expansion import Expansion
 from tying.errors import TieError
@@ -35,16 +35,15 @@ def prepare(
     for bond in bonds.bonds:
         own = [place for place in bond.places if place.prefix == model and bonds.module_at(place) is not None]
         if len(bond.ties[0].members) > 1:  # inside one parameter labels are loaded with the values
-            _refuse_other_labels(bonds, own, state, prefix)
-        _translate(bonds, bond, own, state, prefix)
+            _refuse_other_labels(bond, own, state, prefix)
+        _translate(bond, own, state, prefix)
         given = [(place, state[prefix + place.state_key]) for place in own if prefix + place.state_key in state]
         for place, tensor in given[1:]:
             _refuse_difference(bond, given[0][0].name, given[0][1], place.name, tensor)
         if given:
             before = _still_there(bond)
             if before and model not in before:
-                first = next(other.name for other in bond.places if other.prefix in before)
-                _refuse_difference(bond, f"{first}, as loaded just before", bond.stored, *_named(given[0]))
+                _refuse_second_opinion(bond, before, *given[0])
             arriving.append((bond, frozenset({model}) if model in before else before | {model}))
             for place in own if assign else ():
                 state.setdefault(prefix + place.state_key, given[0][1])
@@ -56,8 +55,17 @@ def _still_there(bond: Bond) -> frozenset[str]:
     return bond.loaded[0] if bond.loaded is not None and bond.loaded[1] == bond.stored._version else frozenset()
 
 
-def _named(given: tuple[Place, Tensor]) -> tuple[str, Tensor]:
-    return given[0].name, given[1]
+def _refuse_second_opinion(bond: Bond, before: frozenset[str], place: Place, tensor: Tensor) -> None:
+    """What the models have in common must be what the first of them has brought."""
+    first = next(other for other in bond.places if other.prefix in before)
+    both = [
+        {label for p in bond.places if chosen(p.prefix) for label in bond.labels(p.member).tolist() if label >= 0}
+        for chosen in (before.__contains__, place.prefix.__eq__)
+    ]
+    common = torch.tensor(sorted(both[0] & both[1]), dtype=torch.int64)
+    if tensor.shape == bond.stored.shape and not (tensor.is_meta or bond.stored.is_meta):
+        values = (bond.values_in(each.detach().cpu())[common] for each in (bond.stored, tensor))
+        _refuse_difference(bond, f"{first.name}, as loaded just before", next(values), place.name, next(values))
 
 
 def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got: Tensor) -> None:
@@ -69,26 +77,27 @@ def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got:
         raise TieError(f"state_dict: {told}")
 
 
-def _refuse_other_labels(bonds: Bonds, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
+def _refuse_other_labels(bond: Bond, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
     """Labels between several parameters are the plan's."""
     for place in own:
-        for name, held in _buffers(bonds, place):
+        for name, planned in _buffers(bond, place):
             given = state.get(prefix + name)
-            if given is not None and not torch.equal(given.cpu(), held.cpu()):
+            if given is not None and not torch.equal(given.cpu(), planned):
                 raise TieError(
                     f"{place.name}: expected a state dict with the labels of the tie in force, got others; untie_ the "
                     "models and tie_ them by the plan with which it was saved"
                 )
 
 
-def _buffers(bonds: Bonds, place: Place) -> list[tuple[str, Tensor]]:
+def _buffers(bond: Bond, place: Place) -> list[tuple[str, Tensor]]:
+    """The labels of a computed weight, by their names in a state dict, as the plan has them."""
     if not place.expanded:
         return []
-    chain = chain_at(cast(nn.Module, bonds.module_at(place)), place.leaf)
-    return [(qualified(place.path, f"parametrizations.{place.leaf}.{n}"), b) for n, b in chain.named_buffers()]
+    start = qualified(place.path, f"parametrizations.{place.leaf}.0")
+    return [(f"{start}.{n}", b) for n, b in bond.expansion(place.member, torch.device("cpu")).named_buffers()]
 
 
-def _translate(bonds: Bonds, bond: Bond, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
+def _translate(bond: Bond, own: Sequence[Place], state: dict[str, Tensor], prefix: str) -> None:
     """Put what is stored in the place of the plain weights of a network that was not tied."""
     plain = [p for p in own if p.expanded and prefix + p.key in state and prefix + p.state_key not in state]
     if not plain:
@@ -107,8 +116,8 @@ def _translate(bonds: Bonds, bond: Bond, own: Sequence[Place], state: dict[str, 
     for place in plain:
         del state[prefix + place.key]
         state[prefix + place.state_key] = values
-        for name, held in _buffers(bonds, place):
-            state.setdefault(prefix + name, held)
+        for name, planned in _buffers(bond, place):
+            state.setdefault(prefix + name, planned)
 
 
 def _merged(expansion: Expansion, stored: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
 from tying.channels.graph import export
 from tying.enforce.compare import as_double, check_equal, run, same_random_numbers
+from tying.enforce.guard import bonds_of
 from tying.enforce.reduction import Compaction, reduce
 from tying.enforce.surgery import place_tied_, replace_
 from tying.errors import CompactError
@@ -149,6 +150,14 @@ def _check_compactable(model: nn.Module, plan: TiePlan) -> None:
         CompactError: Names the tie or the parameter, and points to `tie_`.
         PlanError: If the plan does not fit the model.
     """
+    for bonds in bonds_of(model):
+        for bond in bonds.bonds:
+            ends = {place.prefix: place.name for place in bonds.present(bond)}
+            if len(ends) > 1:
+                raise CompactError(
+                    f"{' ~ '.join(ends.values())}: expected a model by itself, got one that is tied with another; "
+                    "compact a copy that you have untied: copy.deepcopy, then untie_"
+                )
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             raise CompactError(

@@ -77,16 +77,13 @@ class Guard:
                 return False
         return True
 
-    def examine(self, *, loaded: bool = False) -> None:
+    def examine(self) -> None:
         """Look closely, mend what can be mended, and remember how everything stands now.
 
-        Args:
-            loaded: Whether a state dict has just been loaded into this model.
-
         Raises:
-            TieError: If a tie is broken and its values differ.
+            TieError: If a tie is broken and its values differ, or if this copy is to be trained alone.
         """
-        if not mend(self.bonds, loaded=self.prefix if loaded else None):
+        if not mend(self.bonds):
             self.remember()
         if self._alone and torch.is_grad_enabled():
             self.refuse_training()
@@ -105,7 +102,8 @@ class Guard:
 
     def after_load(self, module: nn.Module, incompatible: object) -> None:
         """Mend what `assign=True` took apart; an optimizer with the former parameters would train none of the new."""
-        self.examine(loaded=True)
+        mend(self.bonds, loaded=self.prefix)
+        self.remember()
         for bond, models in self._arriving:
             bond.loaded = (models, bond.stored._version)
         there = {id(parameter) for parameter in module.parameters()}

@@ -134,8 +134,8 @@ def _trained_apart(found: list[Found]) -> str | None:
         return None
     return (
         f"{trained[0].place.name}: expected to be trained together with {others[0].place.name}, to which it is "
-        "tied, got a tensor that stands in for it alone; call the models together, run this one under "
-        "torch.no_grad(), or untie_ it"
+        "tied, got a tensor that stands in for it alone; call a module that holds all of them, run this "
+        "one under torch.no_grad(), or untie_ it"
     )
 
 
@@ -162,6 +162,8 @@ def _disagreement(bond: Bond, found: list[Found], reference: Found | None, loade
     brought = loaded is not None and reference.tensor is not bond.stored
     for other in found:
         if other.installed and (other.tensor is reference.tensor or (brought and other.tensor is bond.stored)):
+            continue
+        if loaded is not None and other.place.prefix != loaded and _without_values(bond, other.tensor):
             continue
         expected = reference.tensor
         if not other.installed:

@@ -52,7 +52,6 @@ class _Known:
 _guards: weakref.WeakSet[Guarded] = weakref.WeakSet()
 _released: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _known: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
-_watched: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _generations = itertools.count()
 _generation = next(_generations)
 _hook: object = None
@@ -95,6 +94,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             guard.refuse_training()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     for bond in _look(optimizer).stepped:  # which mending may have changed
+        bond.loaded = None
         _refuse_second_step(optimizer, bond, recomputed=closure is not None)
 
 
@@ -155,7 +155,7 @@ def _tensors(guard: Guarded) -> Iterable[Tensor]:
 
 def _watch_gradient(bond: Bond) -> None:
     """Forget who stepped as soon as another backward adds to the gradient."""
-    if bond.stored in _watched or not (bond.stored.is_leaf and bond.stored.requires_grad):
+    if bond.watched == id(bond.stored) or not (bond.stored.is_leaf and bond.stored.requires_grad):
         return
     known = weakref.ref(bond)
 
@@ -165,7 +165,7 @@ def _watch_gradient(bond: Bond) -> None:
             there.stepped = None
 
     bond.stored.register_post_accumulate_grad_hook(accumulated)
-    _watched[bond.stored] = True
+    bond.watched = id(bond.stored)  # no weak reference, with which PyTorch swaps no parameter
 
 
 def _refuse_second_step(optimizer: Optimizer, bond: Bond, *, recomputed: bool) -> None:
