@@ -62,10 +62,13 @@ def _refuse_second_opinion(bond: Bond, before: frozenset[str], place: Place, ten
         {label for p in bond.places if chosen(p.prefix) for label in bond.labels(p.member).tolist() if label >= 0}
         for chosen in (before.__contains__, place.prefix.__eq__)
     ]
-    common = torch.tensor(sorted(both[0] & both[1]), dtype=torch.int64)
-    if tensor.shape == bond.stored.shape and not (tensor.is_meta or bond.stored.is_meta):
-        values = (bond.values_in(each.detach().cpu())[common] for each in (bond.stored, tensor))
-        _refuse_difference(bond, f"{first.name}, as loaded just before", next(values), place.name, next(values))
+    stored, common = bond.stored, both[0] & both[1]
+    if len(common) < bond.ties[0].partition.classes:
+        if tensor.shape != stored.shape or tensor.is_meta or stored.is_meta:
+            return  # PyTorch tells the shapes
+        chosen_values = torch.tensor(sorted(common), dtype=torch.int64)
+        stored, tensor = (bond.values_in(each.detach().cpu())[chosen_values] for each in (stored, tensor))
+    _refuse_difference(bond, f"{first.name}, as loaded just before", stored, place.name, tensor)
 
 
 def _refuse_difference(bond: Bond, name: str, expected: Tensor, other: str, got: Tensor) -> None:
