@@ -31,20 +31,21 @@ def half(subject: Subject) -> None:
         model.half()
 
 
-def overwritten(subject: Subject) -> None:
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        to(torch.float32)(subject)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+def converted_with(switch: Callable[[bool], None]) -> Callable[[Subject], None]:
+    """`.to(dtype)` while one of PyTorch's ways to convert modules is on."""
+
+    def act(subject: Subject) -> None:
+        switch(True)
+        try:
+            to(torch.float32)(subject)
+        finally:
+            switch(False)
+
+    return act
 
 
-def swapped(subject: Subject) -> None:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        to(torch.float32)(subject)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+overwritten = converted_with(torch.__future__.set_overwrite_module_params_on_conversion)
+swapped = converted_with(torch.__future__.set_swap_module_params_on_conversion)
 
 
 def to_meta(subject: Subject) -> None:

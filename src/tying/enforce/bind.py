@@ -53,7 +53,7 @@ def bond_of(
     members = [parameters[member.parameter] for member in tie.members]
     shapes = tuple(tuple(p.shape) for p in members)
     home = _home(tie, shapes) if len(members) > 1 else None
-    plain = [gradient == "sum" and home is not None and _as_home(tie, shapes, home, i) for i in range(len(members))]
+    plain = [gradient == "sum" and same for same in _as_home(tie, shapes, home)]
     stored = members[home] if home is not None and plain[home] else None
     everywhere = tuple(
         Place(*at, i, not plain[i]) for i, parameter in _first_of_each(members) for at in places[id(parameter)]
@@ -82,14 +82,15 @@ def _home(tie: Tie, shapes: tuple[tuple[int, ...], ...]) -> int | None:
     return None
 
 
-def _as_home(tie: Tie, shapes: tuple[tuple[int, ...], ...], home: int, member: int) -> bool:
-    """Whether a member's weight is that of the home itself."""
-    labels = split_labels(tie, shapes)
-    return (
-        tie.members[member].groups == tie.members[home].groups
-        and shapes[member] == shapes[home]
-        and np.array_equal(labels[member], labels[home])
-    )
+def _as_home(tie: Tie, shapes: tuple[tuple[int, ...], ...], home: int | None) -> list[bool]:
+    """Whether each member's weight is that of the home itself."""
+    if home is None:
+        return [False] * len(tie.members)
+    each = split_labels(tie, shapes)
+    return [
+        member.groups == tie.members[home].groups and shape == shapes[home] and np.array_equal(labels, each[home])
+        for member, shape, labels in zip(tie.members, shapes, each, strict=True)
+    ]
 
 
 def _start(bond: Bond, parameters: dict[str, nn.Parameter]) -> Tensor:

@@ -248,8 +248,8 @@ def renamed(tie: Tie, names: dict[str, str], shapes: tuple[tuple[int, ...], ...]
     there = [i for i, member in enumerate(tie.members) if member.parameter in names]
     if not there:
         return None
-    labels = np.concatenate([split_labels(tie, shapes)[i] for i in there])
-    partition = Partition(labels)
+    labels = split_labels(tie, shapes)
+    partition = Partition(np.concatenate([labels[i] for i in there]))
     if len(there) == 1 < len(tie.members) and partition.classes == len(partition):
         return None
     members = (tie.members[i] for i in there)
