@@ -1,0 +1,254 @@
+"""ResNet-20 on CIFAR-10 at a quarter of its stored values: tied and pruned, and its controls at equal size and epochs.
+
+    python -m benchmarks.resnet20 [--seeds 3] [--jobs 1] [--out benchmarks/results/resnet20.json]
+
+Split 45,000 / 5,000 / 10,000; images padded by 4, cropped and flipped; bfloat16 in autocast. Every network is trained
+for EPOCHS_ONE epochs and then, as it is or compacted, for EPOCHS_TWO more. The strength is chosen for seed 0 by
+validation accuracy; the test split is looked at by the networks after their last epoch, and nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.optim import SGD
+
+import tying
+from benchmarks.data import CACHE, Images, cifar10
+from benchmarks.record import record
+from benchmarks.training import BATCH, accuracy, fit, kept, wait
+from tying import Groups, GrOWL, TiePlan
+
+INPUTS = Groups.inputs()
+EPOCHS_ONE, EPOCHS_TWO = 6, 6
+RATE, DECAY = 0.2, 5e-4
+RATIO = 4.0
+STRENGTHS = (5e-4, 2e-3)
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).reshape(3, 1, 1)
+DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).reshape(3, 1, 1)
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm, added to what went in."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if (inputs, stride) != (outputs, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, inputs, H, W)` to `(N, outputs, H ÷ stride, W ÷ stride)`."""
+        hidden = relu(self.first_norm(self.first(x)))
+        return relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
+
+
+class ResNet20(nn.Sequential):
+    """He et al., section 4.2 (arXiv 1512.03385), with projections for shortcuts."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(
+            *(Block(width, width, 1) for _ in range(3)),
+            *(Block(width * (1 if i == 0 else 2), width * 2, 2 if i == 0 else 1) for i in range(3)),
+            *(Block(width * (2 if i == 0 else 4), width * 4, 2 if i == 0 else 1) for i in range(3)),
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(width * 4, 10)
+
+
+PARAMETERS = sum(p.numel() for p in ResNet20().parameters())
+
+
+@cache
+def data() -> Images:
+    return cifar10()
+
+
+def standardised(images: Tensor) -> Tensor:
+    """Bring `(n, 3, 32, 32)` uint8 to float32 of mean 0 and deviation 1."""
+    return (images.float() / 255 - MEAN) / DEVIATION
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pad by 4, crop 32 × 32 and flip, each image at random."""
+    n = len(images)
+    padded = nn.functional.pad(standardised(images), (4, 4, 4, 4))
+    down, right = torch.randint(9, (2, n), generator=generator)
+    columns = right[:, None] + torch.arange(32)
+    columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
+    rows = down[:, None] + torch.arange(32)
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def train(model: nn.Module, epochs: int, seed: int, name: str, strength: float = 0.0) -> nn.Module:
+    """One stage: SGD, the prox of GrOWL over the inputs of every block's convolutions once an epoch."""
+    optimizer = SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY)
+    rules = {(f"blocks.*.{conv}.weight", INPUTS): GrOWL(strength) for conv in ("first", "second")}
+    handle = tying.proximal(optimizer, model, rules, every="epoch") if strength else None
+    fit(model, optimizer, data().train, epochs=epochs, seed=seed, prepare=augmented, handle=handle, name=name)
+    if handle is not None:
+        handle.remove()
+    return model
+
+
+def plan_at(model: nn.Module, share: float, *, tied: bool) -> TiePlan:
+    """Leave a share of every block's inner channels and tie what is read; or reach the same size by pruning alone.
+
+    The first convolution of a block reads a stream that other blocks read too: its inputs can only be tied. The
+    second's can be pruned, and then their makers go.
+    """
+    keep: dict[str, int] = {}
+    clusters: dict[str, int] = {}
+    for i, block in enumerate(model.blocks):
+        inner = block.second.in_channels
+        if tied:
+            clusters[f"blocks.{i}.first.weight"] = math.ceil(share * block.first.in_channels)
+            clusters[f"blocks.{i}.second.weight"] = math.ceil(share**2 * inner)
+        keep[f"blocks.{i}.second.weight"] = math.ceil((share if tied else share**2) * inner)
+    groups = dict.fromkeys({**keep, **clusters}, INPUTS)
+    return tying.discover(model, groups, keep=keep, clusters=clusters, support=0.0)
+
+
+def compacted(model: nn.Module, *, tied: bool) -> nn.Module:
+    """Return the largest network of at most a quarter of the values."""
+    low, high = 0.0, 1.0
+    best = None
+    for _ in range(8):
+        middle = (low + high) / 2
+        small = tying.compact(model, plan_at(model, middle, tied=tied), standardised(data().train[0][:2]))
+        if sum(p.numel() for p in small.parameters()) * RATIO <= PARAMETERS:
+            best, low = small, middle
+        else:
+            high = middle
+    assert best is not None
+    return best
+
+
+def row(model: nn.Module, seconds: float, path: Path) -> dict[str, Any]:
+    """Note what a finished network is."""
+    model = model.to(memory_format=torch.contiguous_format)
+    tying.save(model, path)
+    report = tying.measure(model, example_inputs=standardised(data().test[0][:2]), latency=False)
+    return {
+        "values": sum(p.numel() for p in model.parameters()),
+        "operations": report.model.operations,
+        "file_bytes": path.stat().st_size,
+        "validation": accuracy(model, data().validation, standardised),
+        "test": accuracy(model, data().test, standardised),
+        "seconds": seconds,
+    }
+
+
+def run(method: str, strength: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one network by both stages, or read what an earlier call left."""
+    torch.set_num_threads(1)
+    name = f"{method}-{strength:g}-{seed}".replace(" ", "-").replace(",", "")
+
+    def make() -> dict[str, Any]:
+        begun = time.perf_counter()
+        width = 8 if method == "narrow dense" else 16
+        first = folder / f"stage-one-{width}-{strength:g}-{seed}.pt"
+        torch.manual_seed(seed)
+        model = ResNet20(width)
+        if first.is_file():
+            model.load_state_dict(torch.load(first))
+        else:
+            train(model, EPOCHS_ONE, seed, f"{name}, stage one", strength)
+            torch.save(model.state_dict(), first)
+        model.to(memory_format=torch.contiguous_format)
+        if "dense" not in method:
+            model = compacted(model, tied="pruned only" not in method)
+        train(model, EPOCHS_TWO, seed + 1000, f"{name}, stage two")
+        return {
+            "method": method,
+            "strength": strength,
+            "seed": seed,
+            **row(model, time.perf_counter() - begun, folder / f"{name}.safetensors"),
+        }
+
+    return kept(folder / f"{name}.json", make)
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per method, in the order of the rows."""
+    dense = {r["seed"]: r["test"] for r in rows if r["method"] == "dense"}
+    lines = []
+    for method, strength in dict.fromkeys((r["method"], r["strength"]) for r in rows):
+        mine = [r for r in rows if (r["method"], r["strength"]) == (method, strength)]
+        below = [dense[r["seed"]] - r["test"] for r in mine]
+        lines.append(
+            {
+                "method": method,
+                "strength": strength,
+                "seeds": [r["seed"] for r in mine],
+                "ratio": PARAMETERS / statistics.mean(r["values"] for r in mine),
+                "test": [r["test"] for r in mine],
+                "test_mean": statistics.mean(r["test"] for r in mine),
+                "test_spread": statistics.stdev(r["test"] for r in mine) if len(mine) > 1 else None,
+                "below_dense": statistics.mean(below),
+                "validation_mean": statistics.mean(r["validation"] for r in mine),
+                "operations": mine[0]["operations"],
+                "file_bytes": [r["file_bytes"] for r in mine],
+            }
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", default="benchmarks/results/resnet20.json")
+    parser.add_argument("--runs", type=Path, default=CACHE / "resnet20-runs", help="finished networks, to go on from")
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    data()
+    with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        pilots = wait([pool.submit(run, "tied, GrOWL before", s, 0, options.runs) for s in STRENGTHS], "strengths")
+        chosen = max(pilots, key=lambda r: r["validation"])["strength"]
+        jobs = [
+            (method, strength, seed)
+            for seed in range(options.seeds)
+            for method, strength in (
+                ("dense", 0.0),
+                ("tied, GrOWL before", chosen),
+                ("tied, no penalty before", 0.0),
+                ("pruned only, GrOWL before", chosen),
+                ("narrow dense", 0.0),
+            )
+        ]
+        rows = wait([pool.submit(run, *job, options.runs) for job in jobs], "all methods")
+    settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "rate": RATE, "decay": DECAY}
+    results = {
+        "parameters": PARAMETERS,
+        "settings": settings,
+        "validation_by_strength": {f"{p['strength']:g}": p["validation"] for p in pilots},
+        "lines": summarise(rows),
+    }
+    record(options.out, f"make bench-resnet20 (python -m benchmarks.resnet20 --seeds {options.seeds})", results)
+    for line in results["lines"]:
+        spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"
+        print(
+            f"{line['method']:<28} {line['ratio']:4.1f}×  test {line['test_mean']:.2f}{spread}  "
+            f"{line['below_dense']:+.2f} below dense"
+        )
+
+
+if __name__ == "__main__":
+    main()

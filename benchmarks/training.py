@@ -1,0 +1,91 @@
+"""Training of image networks on the CPU: bfloat16 in autocast, channels last, one schedule; and runs kept as files."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+Split = tuple[Tensor, Tensor]
+BATCH = 128
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    split: Split,
+    *,
+    epochs: int,
+    seed: int,
+    prepare: Callable[[Tensor, torch.Generator], Tensor],
+    handle: Any = None,
+    name: str = "",
+) -> nn.Module:
+    """Train by cross-entropy while the learning rate goes up to the optimizer's and down to zero."""
+    images, labels = split
+    steps = len(images) // BATCH
+    peak = [group["lr"] for group in optimizer.param_groups]
+    schedule = OneCycleLR(optimizer, peak, epochs * steps, pct_start=0.2, cycle_momentum=False)
+    generator = torch.Generator().manual_seed(seed)
+    model.to(memory_format=torch.channels_last).train()  # pyright: ignore
+    begun = time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        order = torch.randperm(len(images), generator=generator)
+        for step in range(steps):
+            batch = order[step * BATCH : (step + 1) * BATCH]
+            x = prepare(images[batch], generator).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x)
+            loss = functional.cross_entropy(logits.float(), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if handle is not None:
+            handle.epoch_end()
+        left = (time.perf_counter() - begun) / epoch * (epochs - epoch)
+        print(f"{name}: epoch {epoch} of {epochs}, about {left:.0f} s left", file=sys.stderr, flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, prepare: Callable[[Tensor], Tensor]) -> float:
+    """Return the percentage of images that the network names rightly, in evaluation mode and float32."""
+    images, labels = split
+    model.eval()
+    right = [
+        (model(prepare(x).contiguous(memory_format=torch.channels_last)).argmax(1) == y).sum().item()
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    ]
+    return 100 * sum(right) / len(labels)
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what an earlier call left in the file, or make it and leave it there."""
+    if not path.is_file():
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(made))
+        scratch.replace(path)
+    return json.loads(path.read_text())
+
+
+def wait(futures: list[Future[Any]], what: str) -> list[Any]:
+    """Wait for all, saying how long it will take; the results come in the order of the futures."""
+    begun = time.perf_counter()
+    for done, future in enumerate(as_completed(futures), start=1):
+        future.result()
+        left = (time.perf_counter() - begun) / done * (len(futures) - done) / 60
+        print(f"{what}: {done} of {len(futures)} done, about {left:.0f} min left", file=sys.stderr, flush=True)
+    return [future.result() for future in futures]
