@@ -32,7 +32,7 @@ PARAMETERS = {
     "every other": nn.Parameter(torch.randn(6, 8, 4)[::2, 1::2]),
     "channels last": nn.Parameter(torch.randn(3, 4, 2, 5).to(memory_format=torch.channels_last)),
 }
-DIMENSIONS: dict[Kind, int] = {"inputs": 2, "filters": 2, "outputs": 1, "elements": 0, "whole": 0}
+DIMENSIONS: dict[Kind, int] = {"inputs": 2, "filters": 2, "outputs": 1, "elements": 0, "whole": 0, "positions": 1}
 CASES = [
     (kind, name) for kind in get_args(Kind) for name, tensor in PARAMETERS.items() if tensor.ndim >= DIMENSIONS[kind]
 ]
@@ -43,7 +43,9 @@ Write = Callable[[Groups, Tensor, tuple[int, ...]], Tensor]
 
 def slow_read(kind: Kind, tensor: Tensor) -> list[list[float]]:
     """Index by index: the axes that number the groups, the others in their own order inside."""
-    outer = {"inputs": (1,), "outputs": (0,), "filters": (0, 1), "elements": range(tensor.ndim), "whole": ()}[kind]
+    outer = {"inputs": (1,), "outputs": (0,), "filters": (0, 1), "whole": (), "positions": (0,)}.get(
+        kind, range(tensor.ndim)
+    )
     inner = [axis for axis in range(tensor.ndim) if axis not in outer]
     matrix: list[list[float]] = []
     for group in itertools.product(*(range(tensor.shape[axis]) for axis in outer)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tying.axes import squares_anywhere
 from tying.errors import PlanError
 
-Kind = Literal["inputs", "outputs", "filters", "elements", "whole"]
+Kind = Literal["inputs", "outputs", "filters", "elements", "whole", "positions"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Groups:
     | `filters`  | what one output makes of one input (a conv kernel) | s[0]·s[1] | prod(shape[2:]) |
     | `elements` | a single number                                    | numel     | 1               |
     | `whole`    | the parameter                                      | 1         | numel           |
+    | `positions`| a locally connected layer's kernels at one place   | shape[0]  | numel / shape[0]|
 
     Example:
         >>> import torch
@@ -74,10 +75,18 @@ class Groups:
         """One group: the whole parameter."""
         return Groups("whole")
 
+    @staticmethod
+    def positions() -> Groups:
+        """One group per position of a locally connected layer (`tying.nn.LocallyConnected2d`): dimension 0.
+
+        Positions are not units: tied positions are a convolution, tied units a narrower layer.
+        """
+        return Groups("positions")
+
     def axes(self, dimensions: int) -> tuple[int, ...]:
         """Return the axes along which the groups of a parameter with so many dimensions are counted, ascending."""
         known: dict[Kind, tuple[int, ...]] = {"inputs": (1,), "outputs": (0,), "filters": (0, 1), "whole": ()}
-        return known.get(self.kind, tuple(range(dimensions)))
+        return known.get("outputs" if self.kind == "positions" else self.kind, tuple(range(dimensions)))
 
     def shape(self, parameter_shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
         """Return `(G, D)` for a parameter of this shape.
@@ -86,7 +95,7 @@ class Groups:
             PlanError: If a parameter of this shape has no such groups (a bias has no inputs).
         """
         shape = tuple(parameter_shape)
-        needed = {"inputs": 2, "filters": 2, "outputs": 1, "elements": 0, "whole": 0}[self.kind]
+        needed = {"inputs": 2, "filters": 2, "outputs": 1, "elements": 0, "whole": 0, "positions": 1}[self.kind]
         if len(shape) < needed:
             raise PlanError(
                 f"Groups.{self.kind}(): expected a parameter with at least {needed} dimension(s), got shape {shape}; "
@@ -98,6 +107,7 @@ class Groups:
         count = {
             "inputs": lambda: shape[1],
             "outputs": lambda: shape[0],
+            "positions": lambda: shape[0],
             "filters": lambda: shape[0] * shape[1],
             "elements": lambda: total,
             "whole": lambda: 1,

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from tying.errors import PenaltyError, PlanError
 from tying.groups import Groups, Joined
+from tying.nn import LocallyConnected1d, LocallyConnected2d
 from tying.penalties.norms import Lasso, OnNorms, Penalty, Ridge, acts_on_norms
 from tying.penalties.tensors import check_floating
 from tying.train.shards import is_sharded, why_not
@@ -293,6 +294,11 @@ def _why_not(model: nn.Module, name: str, groups: Groups) -> str | None:
     module = model.get_submodule(name.rpartition(".")[0])
     instead = "use Groups.elements() or Groups.whole(), or tying.groups.Joined along the axis meant"
     says = f"expected a parameter with {groups.kind} as groups, got {type(module).__name__}"
+    local = isinstance(module, (LocallyConnected1d, LocallyConnected2d))
+    if groups.kind == "positions" and not local:
+        return f"{says}, which has no positions; use Groups.outputs() for its dimension 0"
+    if groups.kind in ("inputs", "outputs") and local:
+        return f"{says}, whose dimension 0 is its positions and dimension 1 its outputs; use Groups.positions()"
     if isinstance(module, _ConvTransposeNd) and groups.kind != "filters" and not name.endswith("bias"):
         return f"{says}, whose dimension 0 is its inputs and dimension 1 its outputs; {instead}, or Groups.filters()"
     if isinstance(module, _ConvNd) and module.groups > 1 and groups.kind == "inputs":

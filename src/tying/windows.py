@@ -1,0 +1,193 @@
+"""The geometry of a convolution on inputs of one size: which input each tap of the kernel reads at each position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from tying.errors import PlanError
+
+Size: TypeAlias = int | Sequence[int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PAD: dict[str, str] = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+"""What `torch.nn.functional.pad` calls the padding modes of `torch.nn.Conv`."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A kernel that slides over inputs of one size, in one, two or three dimensions.
+
+    Attributes:
+        input_size: Of one channel: `(L,)`, `(H, W)` or `(D, H, W)`.
+        kernel_size: Taps per dimension.
+        stride: Step between two positions.
+        dilation: Step between two taps.
+        padding: By dimension, how much is added before and after.
+        padding_mode: With what, as `torch.nn.Conv2d` says it.
+
+    Raises:
+        PlanError: If a number is out of its range, or the kernel does not fit into the padded input.
+
+    Example:
+        >>> windows = Windows((4,), (3,), (1,), (1,), ((1, 1),))
+        >>> windows.output_size
+        (4,)
+        >>> windows.reads()  # one line per position: the input of each tap, −1 where it reads a padded zero
+        array([[-1,  0,  1],
+               [ 0,  1,  2],
+               [ 1,  2,  3],
+               [ 2,  3, -1]])
+    """
+
+    input_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: PaddingMode = "zeros"
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "kernel_size", "stride", "dilation"):
+            sizes = getattr(self, name)
+            if len(sizes) != self.dimensions or min(sizes) < 1:
+                raise PlanError(f"{name}: expected {self.dimensions} whole numbers ≥ 1, got {sizes}; give one each")
+        if len(self.padding) != self.dimensions or min(map(min, self.padding)) < 0:
+            raise PlanError(f"padding: expected {self.dimensions} pairs of numbers ≥ 0, got {self.padding}; see Conv2d")
+        if self.padding_mode not in get_args(PaddingMode):
+            raise PlanError(
+                f"padding_mode: expected one of {get_args(PaddingMode)}, got {self.padding_mode!r}; pick one of them"
+            )
+        most = {"reflect": -1, "circular": 0}.get(self.padding_mode)
+        if most is not None and any(max(p) > s + most for p, s in zip(self.padding, self.input_size, strict=True)):
+            raise PlanError(
+                f"padding: expected {self.padding_mode} padding within the input {self.input_size}, got {self.padding};"
+                " pad less"
+            )
+        if min(self.output_size) < 1:
+            raise PlanError(
+                f"input_size: expected an input that the kernel fits into, got {self.input_size} for a kernel of "
+                f"{self.kernel_size} with dilation {self.dilation} and padding {self.padding}; give the size without "
+                "the channels"
+            )
+
+    @staticmethod
+    def of(
+        input_size: Size,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        *,
+        dimensions: int,
+    ) -> Windows:
+        """Build from the arguments of `torch.nn.Conv1d` to `Conv3d`, and the size of an input without its channels.
+
+        Raises:
+            PlanError: As the class, or if a size is not an integer or one integer per dimension.
+        """
+        kernel = per_dimension("kernel_size", kernel_size, dimensions)
+        steps = per_dimension("stride", stride, dimensions)
+        dilations = per_dimension("dilation", dilation, dimensions)
+        if padding == "same":
+            if max(steps) > 1:
+                raise PlanError(f"padding: expected numbers with a stride of {steps}, got 'same'; give the numbers")
+            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+            pairs = tuple((total // 2, total - total // 2) for total in totals)
+        elif isinstance(padding, str):
+            if padding != "valid":
+                raise PlanError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}; pick one of them")
+            pairs = ((0, 0),) * dimensions
+        else:
+            pairs = tuple((p, p) for p in per_dimension("padding", padding, dimensions))
+        size = per_dimension("input_size", input_size, dimensions)
+        return Windows(size, kernel, steps, dilations, pairs, cast("PaddingMode", padding_mode))
+
+    @staticmethod
+    def of_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, input_size: Size) -> Windows:
+        """Build from a convolution and the size of its inputs without the channels.
+
+        Raises:
+            PlanError: As the class.
+
+        Example:
+            >>> Windows.of_conv(nn.Conv2d(3, 8, 5, stride=2, padding=2), 28).output_size
+            (14, 14)
+        """
+        return Windows.of(
+            input_size,
+            conv.kernel_size,
+            conv.stride,
+            cast("Size | str", conv.padding),
+            conv.dilation,
+            conv.padding_mode,
+            dimensions=len(conv.kernel_size),
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """How many dimensions the kernel slides over."""
+        return len(self.input_size)
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """How many positions there are in each dimension."""
+        return tuple(
+            (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pads, dilation, kernel, stride in zip(
+                self.input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+
+    @property
+    def positions(self) -> int:
+        """P, how many positions the kernel takes."""
+        return math.prod(self.output_size)
+
+    @property
+    def taps(self) -> int:
+        """K, how many numbers the kernel has for one input channel."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def inputs(self) -> int:
+        """S, how many numbers one channel of the input has."""
+        return math.prod(self.input_size)
+
+    @property
+    def pads(self) -> list[int]:
+        """The padding as `torch.nn.functional.pad` takes it: the last dimension first."""
+        return [amount for pair in reversed(self.padding) for amount in pair]
+
+    def reads(self) -> NDArray[np.int64]:
+        """Return `(P, K)`: which of a channel's S numbers each tap reads at each position; −1: a padded zero.
+
+        Found by moving the numbers 0 … S − 1 as the convolution moves its inputs.
+        """
+        numbers = torch.arange(1.0, self.inputs + 1, dtype=torch.float64).reshape(1, 1, *self.input_size)
+        moved = functional.pad(numbers, self.pads, mode=PAD[self.padding_mode])[0, 0]
+        for axis, (kernel, stride, dilation) in enumerate(
+            zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        ):
+            moved = moved.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return moved.reshape(self.positions, self.taps).numpy().astype(np.int64) - 1
+
+
+def per_dimension(name: str, size: Size, dimensions: int) -> tuple[int, ...]:
+    """Return one integer per dimension.
+
+    Raises:
+        PlanError: If there are more or fewer.
+    """
+    sizes = (size,) * dimensions if isinstance(size, int) else tuple(size)
+    if len(sizes) != dimensions:
+        raise PlanError(f"{name}: expected an integer or {dimensions} of them, got {size}; pass one of the two")
+    return sizes
