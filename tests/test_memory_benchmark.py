@@ -1,0 +1,76 @@
+"""The memory benchmark: what it counts by hand, plans that keep what they say, a peak that holds it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import memory
+from benchmarks.stage_two_memory import SUBJECTS, against_dense, drawn, made, perceptron, tied
+from torch import nn
+
+BATCH = (torch.randn(32, 784), torch.randint(10, (32,)))
+
+
+def law_counts(count: Callable[..., dict[str, int]]) -> None:
+    found = count(partial(perceptron, 50, 1), BATCH, 2)
+    values = 784 * 50 + 50 + 50 * 10 + 10
+    assert found["state_bytes"] == 4 * (4 * values + 4), "parameters, gradients, two moments, a step for each of four"
+    assert found["kept_bytes"] >= 4 * 32 * (50 + 10), "what ReLU and the loss gave"
+    assert found["buffer_bytes"] == 0
+
+
+def test_counts() -> None:
+    law_counts(memory._train)
+
+
+def test_counts_without_moments_are_found_out() -> None:
+    def twin(*arguments: Any) -> dict[str, int]:
+        found = memory._train(*arguments)
+        return {**found, "state_bytes": found["state_bytes"] // 2}
+
+    with pytest.raises(AssertionError):
+        law_counts(twin)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peaks there")
+def test_peak_holds_what_is_counted() -> None:
+    found = memory.peak_of_training(partial(perceptron, 600, 1), BATCH, steps=2, processes=1)
+    assert found["peak_bytes"] >= 0.95 * (found["state_bytes"] + found["kept_bytes"])
+    assert found["peak_bytes"] <= 1.5 * (found["state_bytes"] + found["kept_bytes"])
+
+
+def values(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_compacted_networks_keep_as_many_values_as_asked(subject: str) -> None:
+    dense, small = made(subject, 1), made(subject, 4)
+    assert values(dense) / values(small) == pytest.approx(4, rel=0.05)
+    x = torch.randn(3, *SUBJECTS[subject].shape)
+    assert dense(x).shape == small(x).shape
+
+
+def test_every_class_of_a_tie_is_used() -> None:
+    generator = np.random.default_rng(0)
+    alive = drawn(100, 0.4, 8, generator)
+    labels = tied("weight", alive, 8, generator).partition.labels
+    assert set(labels[~alive]) == {-1}
+    assert sorted(set(labels[alive])) == list(range(round(100 * 8**-0.6)))
+
+
+def test_lines_are_held_against_the_dense_network_at_the_same_batch() -> None:
+    line = {"network": "a", "peak_bytes": 8, "state_bytes": 8, "kept_bytes": 8}
+    lines = [
+        {**line, "batch": 1, "ratio": 1, "values": 8},
+        {**line, "batch": 2, "ratio": 1, "values": 8, "peak_bytes": 16},
+        {**line, "batch": 2, "ratio": 2, "values": 4},
+    ]
+    assert [each["times_fewer"]["peak"] for each in against_dense(lines)] == [1, 1, 2]
+    assert against_dense(lines)[2]["times_fewer"]["values"] == 2
