@@ -1,0 +1,268 @@
+"""How far a layer's output moves along with its input: measured, in the interior and at the border, shift by shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor
+
+import torch
+from torch import Tensor, fx, nn
+
+from tying.explain.dependence import Dependence
+from tying.explain.layers import watching
+from tying.explain.planes import is_pool, is_spatial, places
+from tying.explain.scales import Scale, find_scales
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One shift of the input along each spatial dimension in turn, zeros moving in; the worst of the dimensions.
+
+    Differences are relative to the largest output. A unit is in the interior if nothing that it sees is padding.
+    """
+
+    by: int
+    whole: bool
+    """Whether the outputs should move by a whole number of places; if not, the nearer neighbour is compared."""
+    interior: float | None
+    """The largest difference between the shifted output and the output of the shifted input; None: no unit there."""
+    border: float | None
+    """The same over the units that see padding."""
+    inside: float
+    """The part of the compared units that are in the interior."""
+
+
+@dataclass(frozen=True)
+class Equivariance:
+    """How far one layer is equivariant to translation, by itself and from the input of the network on."""
+
+    name: str
+    kind: str
+    stride: tuple[float, ...]
+    """Of the layer, by dimension; below 1 where it has more places than its input."""
+    alone: tuple[Shift, ...]
+    """The layer's own input is shifted."""
+    total_stride: tuple[float, ...]
+    """From the input of the network on."""
+    through: tuple[Shift, ...]
+    """The input of the network is shifted."""
+    broken_by: tuple[str, ...]
+    """What breaks it in the layer alone: "stride 2", "pooling by 2", "padding", "weights of its own at each place"."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A layer's output on the input as it is, and which places of it see padding."""
+
+    output: Tensor
+    padded: Tensor
+
+
+def measure_equivariance(
+    model: nn.Module, dependence: Dependence, inputs: tuple[Tensor, ...], shifts: int
+) -> tuple[Equivariance, ...]:
+    """Shift the input by 1 … `shifts` places, and compare the outputs of every spatial layer.
+
+    Args:
+        model: In evaluation mode.
+        dependence: As traced on the same inputs.
+        inputs: One sample; the first input is shifted, along its last dimensions.
+        shifts: The farthest shift.
+
+    Example:
+        >>> from tying.explain.dependence import find_dependence
+        >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.MaxPool1d(2))
+        >>> x = torch.randn(1, 1, 16)
+        >>> [layer.broken_by for layer in measure_equivariance(model, find_dependence(model, x), (x,), 2)]
+        [('padding',), ('pooling by 2',)]
+    """
+    layers = _spatial_layers(model, dependence)
+    if not layers or not inputs[0].is_floating_point():
+        return ()
+    x = inputs[0]
+    dimensions = max(len(places(module, x.ndim)) for module, _, _ in layers.values())
+    scales = find_scales(model, dependence, dimensions)
+    seen = _outputs(model, inputs)
+    through = _through(model, dependence, inputs, shifts, {name: end for name, (_, _, end) in layers.items()}, scales)
+    found: list[Equivariance] = []
+    for name, (module, start, end) in layers.items():
+        if name not in seen or start not in scales or end not in scales:
+            continue
+        stride: Scale = tuple(after / before for before, after in zip(scales[start], scales[end], strict=True))
+        alone, padded = _alone(module, dependence, seen[name], shifts, (start, end), stride)
+        found.append(
+            Equivariance(
+                name=name,
+                kind=type(module).__name__,
+                stride=tuple(map(float, stride)),
+                alone=alone,
+                total_stride=tuple(map(float, scales[end])),
+                through=through.get(name, ()),
+                broken_by=_broken_by(module, alone, stride, padded, tolerance(x.dtype)),
+            )
+        )
+    return tuple(found)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative difference up to which two ways to compute one number agree."""
+    return 200 * torch.finfo(dtype).eps
+
+
+def shifted(x: Tensor, by: int, axis: int) -> Tensor:
+    """Return a tensor moved towards the end of an axis, with zeros moving in.
+
+    Example:
+        >>> shifted(torch.tensor([1, 2, 3]), 1, 0).tolist()
+        [0, 1, 2]
+    """
+    moved = torch.zeros_like(x)
+    if by < x.shape[axis]:
+        length = x.shape[axis] - by
+        moved.narrow(axis, by, length).copy_(x.narrow(axis, 0, length))
+    return moved
+
+
+def _spatial_layers(model: nn.Module, dependence: Dependence) -> Mapping[str, tuple[nn.Module, fx.Node, fx.Node]]:
+    """The spatial layers, in the order of their calls, with the nodes of their input and output at the first call."""
+    operands = {step.node: step.operands for step in dependence.steps}
+    order = {step.node: place for place, step in enumerate(dependence.steps)}
+    found: dict[str, tuple[nn.Module, fx.Node, fx.Node]] = {}
+    for name, module in model.named_modules():
+        calls = dependence.modules.get(name, ())
+        inside = [node for node in calls[0] if node in operands] if calls and is_spatial(module) else []
+        if inside:
+            found[name] = module, operands[inside[0]][0], inside[-1]
+    return dict(sorted(found.items(), key=lambda item: order[item[1][2]]))
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each spatial layer takes and gives at its first call."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
+        if is_spatial(module):
+            seen.setdefault(name, (given, made))
+
+    with torch.no_grad(), watching(model, see):
+        model(*inputs)
+    return seen
+
+
+def _alone(
+    module: nn.Module,
+    dependence: Dependence,
+    seen: tuple[Tensor, Tensor],
+    shifts: int,
+    ends: tuple[fx.Node, fx.Node],
+    stride: Scale,
+) -> tuple[tuple[Shift, ...], bool]:
+    """Shift the layer's own input; say also whether any of its units see padding."""
+    given, output = seen
+    start, end = ends
+    first = _Run(output, _padded(dependence, start, end, given, None))
+    measured: list[Shift] = []
+    for by in range(1, shifts + 1):
+        parts: list[Shift] = []
+        for place, axis in enumerate(places(module, output.ndim)):
+            with torch.no_grad():
+                moved = module(shifted(given, by, axis))
+            second = _Run(moved, _padded(dependence, start, end, given, (by, axis)))
+            parts.append(_compare(first, second, axis, by, by / stride[place]))
+        measured.append(_worst(by, parts))
+    return tuple(measured), bool(first.padded.any())
+
+
+def _through(
+    model: nn.Module,
+    dependence: Dependence,
+    inputs: tuple[Tensor, ...],
+    shifts: int,
+    layers: Mapping[str, fx.Node],
+    scales: Mapping[fx.Node, Scale],
+) -> dict[str, tuple[Shift, ...]]:
+    """Shift the input of the network: what every layer has of it, in one pass for each shift and dimension."""
+    x, *others = inputs
+    dimensions = len(scales[dependence.source])
+    zeros = torch.zeros(x.shape)
+    before = dependence.forward({dependence.source: zeros}, edges=True)
+    plain = {name: made for name, (_, made) in _outputs(model, inputs).items()}
+    parts: dict[str, dict[int, list[Shift]]] = {}
+    for by in range(1, shifts + 1):
+        for place in range(dimensions):
+            axis = x.ndim - dimensions + place
+            after = dependence.forward({dependence.source: _entered(x, by, axis)}, edges=True)
+            moved = _outputs(model, (shifted(x, by, axis), *others))
+            for name, node in layers.items():
+                if node not in scales or name not in plain or plain[name].ndim != x.ndim:
+                    continue
+                first, second = (_Run(o, _mark(m[node])) for o, m in ((plain[name], before), (moved[name][1], after)))
+                parts.setdefault(name, {}).setdefault(by, []).append(
+                    _compare(first, second, axis, by, by / scales[node][place])
+                )
+    return {name: tuple(_worst(by, each) for by, each in found.items()) for name, found in parts.items()}
+
+
+def _entered(x: Tensor, by: int, axis: int) -> Tensor:
+    """Mark what moved in."""
+    marks = torch.zeros(x.shape)
+    marks.narrow(axis, 0, min(by, x.shape[axis])).fill_(1)
+    return marks
+
+
+def _padded(
+    dependence: Dependence, start: fx.Node, end: fx.Node, given: Tensor, moved: tuple[int, int] | None
+) -> Tensor:
+    """Which elements of a layer's output see padding, or what moved in."""
+    marks = torch.zeros(given.shape) if moved is None else _entered(given, *moved)
+    return _mark(dependence.forward({start: marks}, edges=True, until=end)[end])
+
+
+def _mark(mark: Tensor | list[Tensor]) -> Tensor:
+    return (mark if isinstance(mark, Tensor) else mark[0]) > 0
+
+
+def _compare(first: _Run, second: _Run, axis: int, by: int, distance: Fraction) -> Shift:
+    """Compare the first output, shifted by the distance or the whole numbers around it, with the second."""
+    whole = distance.denominator == 1
+    tried = [_at(first, second, axis, by, whole, step) for step in sorted({floor(distance), ceil(distance)})]
+    return min(tried, key=lambda shift: (shift.interior is None, shift.interior or 0.0, shift.border or 0.0))
+
+
+def _at(first: _Run, second: _Run, axis: int, by: int, whole: bool, step: int) -> Shift:
+    length = first.output.shape[axis] - step
+    if length < 1:
+        return Shift(by, whole, None, None, 0.0)
+    apart = (second.output.narrow(axis, step, length) - first.output.narrow(axis, 0, length)).abs().double()
+    edge = (second.padded.narrow(axis, step, length) | first.padded.narrow(axis, 0, length)).to(apart.device)
+    largest = float(first.output.abs().max()) or 1.0
+    interior, border = (float(apart[part].max()) / largest if bool(part.any()) else None for part in (~edge, edge))
+    return Shift(by, whole, interior, border, 1 - float(edge.double().mean()))
+
+
+def _worst(by: int, parts: Sequence[Shift]) -> Shift:
+    """Put the dimensions together."""
+    interior = [part.interior for part in parts if part.interior is not None]
+    border = [part.border for part in parts if part.border is not None]
+    return Shift(
+        by,
+        all(part.whole for part in parts),
+        max(interior, default=None),
+        max(border, default=None),
+        sum(part.inside for part in parts) / len(parts),
+    )
+
+
+def _broken_by(module: nn.Module, alone: Sequence[Shift], stride: Scale, padded: bool, most: float) -> tuple[str, ...]:
+    """Name what breaks it: a shift that is no whole number of strides, padding, or weights that differ."""
+    reasons: list[str] = []
+    longest = max(stride)
+    if any(not shift.whole and max(shift.interior or 0, shift.border or 0) > most for shift in alone):
+        reasons.append(f"{'pooling by' if is_pool(module) else 'stride'} {longest}")
+    if any(shift.whole and (shift.interior or 0) > most for shift in alone):
+        reasons.append("weights of its own at each place")
+    if padded and any(shift.whole and (shift.border or 0) > most for shift in alone):
+        reasons.append("padding")
+    return tuple(reasons)

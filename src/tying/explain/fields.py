@@ -1,0 +1,131 @@
+"""Receptive fields: from above, which inputs a unit of the network sees; from below, which units an input reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from tying.explain.dependence import Dependence, Mark
+from tying.explain.planes import Axes, box, is_looked_at, marks_at, middle, on_places, places, shape_of
+
+Box = tuple[tuple[int, int], ...]
+"""(first, last + 1) along each dimension."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What the unit in the middle of a layer sees, and what of the layer the input in the middle reaches.
+
+    A unit is a place, all its channels together.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    """How many places the layer's output has, along each dimension."""
+    unit: tuple[int, ...]
+    """The place that is asked."""
+    sees: int
+    """How many places of the input it depends on."""
+    sees_box: Box
+    """The smallest box around them."""
+    reached: int
+    """How many places of the layer depend on the place in the middle of the input."""
+    reached_box: Box
+    seen: NDArray[np.bool_] = field(repr=False, compare=False)
+    """Which places of the input the unit sees."""
+    reaches: NDArray[np.bool_] = field(repr=False, compare=False)
+    """Which places of the layer the input reaches."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The receptive fields of a network, layer by layer."""
+
+    input_shape: tuple[int, ...]
+    """How many places the input has, along each dimension."""
+    input_place: tuple[int, ...]
+    """The one that reaches."""
+    layers: tuple[Field, ...]
+    inexact: tuple[str, ...]
+    """Operations without a rule, which were taken to mix all that they read: there, fields are upper bounds."""
+
+
+def input_places(model: nn.Module, dependence: Dependence) -> Axes:
+    """Return the dimensions of the input along which its units lie: as the layer says that reads it first."""
+    ndim = len(source_shape(dependence))
+    for step in dependence.steps:
+        for name, module in model.named_modules():
+            if is_looked_at(module) and step.node in _nodes(dependence, name):
+                return places(module, ndim, of_input=True)
+    return tuple(range(2, ndim)) or (ndim - 1,)
+
+
+def source_shape(dependence: Dependence) -> tuple[int, ...]:
+    """Return the shape of the input, one sample in a batch."""
+    return tuple(_single(dependence.varies[dependence.source]).shape)
+
+
+def layers_of(model: nn.Module, dependence: Dependence) -> Mapping[str, tuple[nn.Module, fx.Node]]:
+    """Return the layers that are looked at, in the order in which they are called, with the node of their output."""
+    order = {step.node: place for place, step in enumerate(dependence.steps)}
+    found: dict[str, tuple[nn.Module, fx.Node]] = {}
+    for name, module in model.named_modules():
+        if is_looked_at(module):
+            made = [node for node in _nodes(dependence, name) if isinstance(dependence.varies[node], Tensor)]
+            if made:
+                found[name] = (module, made[-1])
+    return dict(sorted(found.items(), key=lambda item: order[item[1][1]]))
+
+
+def find_fields(model: nn.Module, dependence: Dependence) -> Fields:
+    """Return the receptive fields of all layers that connect places.
+
+    Example:
+        >>> from tying.explain.dependence import find_dependence
+        >>> model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Conv1d(1, 1, 3))
+        >>> fields = find_fields(model, find_dependence(model, torch.zeros(1, 1, 9)))
+        >>> [(field.sees, field.sees_box, field.reached) for field in fields.layers]
+        [(3, ((3, 6),), 3), (5, ((2, 7),), 5)]
+    """
+    axes, shape = input_places(model, dependence), source_shape(dependence)
+    place = middle(shape_of(shape, axes))
+    reached = dependence.forward({dependence.source: marks_at(shape, axes, place)})
+    found: list[Field] = []
+    for name, (module, node) in layers_of(model, dependence).items():
+        made = _single(dependence.varies[node])
+        own = places(module, made.ndim)
+        unit = middle(shape_of(tuple(made.shape), own))
+        back = dependence.backward({node: marks_at(tuple(made.shape), own, unit)})
+        seen = on_places(_single(back.get(dependence.source, torch.zeros(shape))), axes)
+        there = on_places(_single(reached.get(node, torch.zeros_like(made))), own)
+        found.append(
+            Field(
+                name=name,
+                kind=type(module).__name__,
+                shape=tuple(there.shape),
+                unit=unit,
+                sees=int(seen.sum()),
+                sees_box=box(seen),
+                reached=int(there.sum()),
+                reached_box=box(there),
+                seen=seen.numpy(),
+                reaches=there.numpy(),
+            )
+        )
+    return Fields(shape_of(shape, axes), place, tuple(found), dependence.inexact)
+
+
+def _nodes(dependence: Dependence, name: str) -> list[fx.Node]:
+    """The nodes of a module's first call that vary with the input."""
+    calls = dependence.modules.get(name, ())
+    return [node for node in calls[0] if node in dependence.varies] if calls else []
+
+
+def _single(mark: Mark) -> Tensor:
+    return mark if isinstance(mark, Tensor) else mark[0]

@@ -1,0 +1,97 @@
+"""Positions: along which dimensions of a tensor its units lie beside each other, and which layers have a picture."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+
+Axes: TypeAlias = "tuple[int, ...]"
+
+_POOL = re.compile(r"(?:Adaptive)?(?:Max|Avg|LP)Pool([123])d")
+SPATIAL = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(TiedConv1d, TiedConv2d, TiedConv3d, LocallyConnected1d, LocallyConnected2d),
+)
+
+
+def is_pool(module: nn.Module) -> bool:
+    """Whether a module puts windows of its input together without weights."""
+    return bool(_POOL.fullmatch(type(module).__name__))
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether a module works on the places of an image, a signal or a volume: convolutions, pools, resampling."""
+    return isinstance(module, (*SPATIAL, nn.Upsample)) or is_pool(module)
+
+
+def is_looked_at(module: nn.Module) -> bool:
+    """Whether units of a module are asked whom they see: of all that connects units of different places."""
+    return is_spatial(module) or isinstance(module, nn.Linear | TiedLinear | nn.Embedding | nn.MultiheadAttention)
+
+
+def places(module: nn.Module, ndim: int, *, of_input: bool = False) -> Axes:
+    """Return the dimensions of a module's output (or input) along which its units lie; over the others are channels.
+
+    Of a sequence `(N, L, E)` the positions, of what has neither, `(N, E)`, the units themselves.
+
+    Example:
+        >>> places(nn.Conv2d(1, 1, 3), 4), places(nn.Linear(4, 4), 3), places(nn.Linear(4, 4), 2)
+        ((2, 3), (1,), (1,))
+    """
+    if is_spatial(module):
+        if isinstance(module, nn.Upsample):
+            return tuple(range(2, ndim))
+        count = int(re.findall(r"([123])d", type(module).__name__)[-1])
+        return tuple(range(ndim - count, ndim))
+    if isinstance(module, nn.Embedding) and of_input:
+        return tuple(range(1, ndim)) or (0,)
+    return tuple(range(1, ndim - 1)) if ndim > 2 else (ndim - 1,)
+
+
+def on_places(marks: Tensor, axes: Axes) -> Tensor:
+    """Return which places have a marked element: bool, of the shape of the places."""
+    others = [axis for axis in range(marks.ndim) if axis not in axes]
+    return (marks.amax(others) if others else marks) > 0
+
+
+def marks_at(shape: tuple[int, ...], axes: Axes, place: tuple[int, ...]) -> Tensor:
+    """Return marks on all channels of one place."""
+    marks = torch.zeros(shape)
+    index: list[int | slice] = [slice(None)] * len(shape)
+    for axis, at in zip(axes, place, strict=True):
+        index[axis] = at
+    marks[tuple(index)] = 1
+    return marks
+
+
+def middle(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the place in the middle."""
+    return tuple(size // 2 for size in shape)
+
+
+def box(seen: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return the smallest box around what is marked, (first, last + 1) along each dimension; empty: (0, 0).
+
+    Example:
+        >>> box(torch.tensor([[False, True, True], [False, False, True]]))
+        ((0, 2), (1, 3))
+    """
+    if not bool(seen.any()):
+        return ((0, 0),) * seen.ndim
+    at = seen.nonzero()
+    return tuple(zip(at.amin(0).tolist(), (at.amax(0) + 1).tolist(), strict=True))
+
+
+def sizes(box_: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Return how long a box is in each dimension."""
+    return tuple(last - first for first, last in box_)
+
+
+def shape_of(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    """Return how many places there are along each of the dimensions."""
+    return tuple(shape[axis] for axis in axes)
