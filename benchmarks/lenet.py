@@ -36,7 +36,7 @@ SIZES = (24, 100)
 STRENGTHS = (1e-3, 4e-3)
 EPOCHS_ONE, EPOCHS_TWO = 8, 10
 GENTLER = 3
-"""The convolutions hold 6 % of the values and see 98 % of the operations: they give up share³ where fc1 gives up a share."""
+"""The convolutions hold 6 % of the values: they give up share³ of their energy where fc1 gives up a share."""
 NARROW = {24: ((4, 10, 98), (10, 24, 28)), 100: ((2, 5, 43), (5, 10, 16))}
 """Channels, channels, units: all shrunk alike, and more in the convolutions."""
 
