@@ -83,6 +83,102 @@ def test_a_tied_layer_computes_and_learns_like_its_dense_twin(make, shape, label
     assert tied.weight.shape[1] == len(set(labels) - {-1})
 
 
+WAYS = ("sum", "select", "dense")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_every_way_computes_and_learns_the_same(make, shape, labels, way):
+    torch.manual_seed(0)
+    layer = make().double()
+    tied, twin, x = tie(layer, labels), dense(layer, labels), torch.randn(shape, dtype=torch.float64)
+    tied.way = way
+    law_gradients_add_up(tied, twin, x, labels)
+    with torch.no_grad():
+        law_same_outputs(tied, twin, x)
+    with torch.inference_mode():
+        law_same_outputs(tied, twin, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("name", ["conv2d", "conv2d, same", "conv3d"])
+def test_channels_last_is_kept_and_computes_and_learns_the_same(name, labels, way):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    layer = make().double()
+    tied, twin = tie(layer, labels), dense(layer, labels)
+    tied.way = way
+    tied.to(memory_format=layout)
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout)
+    law_gradients_add_up(tied, twin, x, labels)
+    with torch.no_grad():
+        law_same_outputs(tied, twin, x)
+        assert tied.sum_inputs(x, 1).is_contiguous(memory_format=layout)
+        assert tied(x).is_contiguous(memory_format=layout) == twin(x).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_under_the_transformations_of_torch_func_and_for_empty_batches(make, shape, way):
+    torch.manual_seed(0)
+    layer = make().double()
+    tied, x = tie(layer, LABELS["ties and zeros"]), torch.randn(2, *shape, dtype=torch.float64)
+    tied.way = way
+    with torch.no_grad():
+        each = torch.stack([tied(sample) for sample in x])
+        torch.testing.assert_close(torch.func.vmap(tied)(x), each, rtol=1e-12, atol=1e-12)
+        _, moved = torch.func.jvp(tied, (x[0],), (x[1],))
+        torch.testing.assert_close(moved, tied(x[1]) - tied(torch.zeros_like(x[1])), rtol=1e-12, atol=1e-12)
+        if shape[0] < 8:
+            assert tied(x[0, :0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_close_as_the_dense_layers(way, layout, autocast):
+    torch.manual_seed(0)
+    layer, labels = nn.Conv2d(64, 32, 3, padding=1), [(7 * i) % 21 if i % 2 else -1 for i in range(64)]
+    x = torch.randn(4, 64, 14, 14).to(memory_format=layout)
+    exact = dense(layer, labels)(x).detach()
+    tied, twin = tie(layer, labels).to(memory_format=layout), dense(layer, labels).to(memory_format=layout)
+    tied.way = way
+    if not autocast:
+        tied, twin, x = tied.bfloat16(), twin.bfloat16(), x.bfloat16()
+    for grad in (torch.no_grad, torch.enable_grad):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), grad():
+            mine, others = tied(x), twin(x)
+        assert mine.dtype == others.dtype == torch.bfloat16
+        # Sums are rounded, too: once by the fast ways, at every step by index_add.
+        assert (mine - exact).norm() <= 2 * (others - exact).norm()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["linear, leading dims", "conv1d", "conv2d", "conv3d"])
+def test_a_tied_layer_is_compiled_whole(name, way):
+    make, shape = LAYERS[name]
+    tied, x = tie(make(), LABELS["ties and zeros"]), torch.randn(shape)
+    tied.way = way
+    torch.compiler.reset()
+    compiled = torch.compile(tied, backend="aot_eager", fullgraph=True)
+    for grad in (torch.no_grad, torch.enable_grad):
+        with grad():
+            torch.testing.assert_close(compiled(x), tied(x))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
+def test_what_is_exported_sums_and_holds_no_wide_weight():
+    tied = tie(nn.Conv2d(8, 5, 3), LABELS["ties and zeros"])
+    tied.way = "dense"
+    program = torch.export.export(tied, (torch.randn(2, 8, 7, 6),)).run_decompositions({})
+    assert not [node for node in program.graph.nodes if "index_copy" in str(node.target)]
+    assert [node for node in program.graph.nodes if "index_add" in str(node.target)]
+
+
 def test_the_laws_fail_for_a_layer_that_keeps_one_input_of_each_label_instead_of_the_sum():
     class Forgets(TiedLinear):
         def sum_inputs(self, x: Tensor, dim: int) -> Tensor:
@@ -92,6 +188,21 @@ def test_the_laws_fail_for_a_layer_that_keeps_one_input_of_each_label_instead_of
     torch.manual_seed(0)
     layer, labels = nn.Linear(8, 5).double(), LABELS["ties and zeros"]
     broken, twin = Forgets.from_linear(layer, labels), dense(layer, labels)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(AssertionError):
+        law_same_outputs(broken, twin, x)
+    with pytest.raises(AssertionError):
+        law_gradients_add_up(broken, twin, x, labels)
+
+
+def test_the_laws_fail_for_a_way_that_gives_the_inputs_that_are_not_read_the_first_weight():
+    class Reads(TiedLinear):
+        def _operands(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+            return x, self.weight.index_select(1, self.labels.clamp(min=0))
+
+    torch.manual_seed(0)
+    layer, labels = nn.Linear(8, 5).double(), LABELS["ties and zeros"]
+    broken, twin = Reads.from_linear(layer, labels), dense(layer, labels)
     x = torch.randn(3, 8, dtype=torch.float64)
     with pytest.raises(AssertionError):
         law_same_outputs(broken, twin, x)

@@ -1,13 +1,14 @@
 """Layers that compute with tied weights: the inputs of each label are summed once, then one small product.
 
-For a weight whose input groups are equal wherever their labels are, `W x = Σ_k w_k · (Σ_{i: label(i)=k} x_i)`.
+For a weight whose input groups are equal wherever their labels are, `W x = Σ_k w_k · (Σ_{i: label(i)=k} x_i)`. Where
+summing does not pay, `way` makes a layer read its inputs as the dense one does; what it stores stays the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from numpy.typing import ArrayLike
@@ -16,8 +17,11 @@ from torch.nn import functional
 
 from tying.errors import PlanError
 from tying.groups import Groups
+from tying.nn.sums import select, sum_by_label
 from tying.plan import Partition
 
+Way: TypeAlias = Literal["sum", "select", "dense"]
+WAYS: tuple[Way, ...] = ("sum", "select", "dense")
 Size: TypeAlias = int | Sequence[int]
 PlainConv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Conv = TypeVar("Conv", bound="_TiedConv")
@@ -30,6 +34,10 @@ class _TiedInputs(nn.Module):
     """`(G,)` int64: one label per input, −1 = not read. A buffer: saved, moved and loaded with the weight."""
     weight: nn.Parameter
     bias: nn.Parameter | None
+    way: Way
+    """How it computes: "sum" the inputs of each label; "select" those that are read, by a weight with one column for
+    each; "dense": take all, by the whole weight. The same function, rounding aside, of the same stored values: a matter
+    of speed, which `tying.enforce.fastest` measures. `torch.export` always records "sum", which keeps files small."""
     _kept: Tensor
     _targets: Tensor
 
@@ -43,6 +51,7 @@ class _TiedInputs(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        self.way = "sum"
         partition = _partition(labels)
         if not partition.classes:
             raise PlanError(
@@ -52,7 +61,7 @@ class _TiedInputs(nn.Module):
         self.weight = nn.Parameter(torch.empty((out, partition.classes, *kernel), device=device, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None)
         self.register_buffer("labels", torch.as_tensor(partition.labels.copy(), device=device))
-        kept, targets = partition.indices(self.labels.device)
+        kept, targets = _sorted_indices(partition, self.labels.device)
         self.register_buffer("_kept", kept, persistent=False)
         self.register_buffer("_targets", targets, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
@@ -81,20 +90,30 @@ class _TiedInputs(nn.Module):
         Raises:
             RuntimeError: If `x` has not G inputs along `dim`, as a plain layer does.
         """
+        self._check_inputs(x, dim)
+        if self.classes == x.shape[dim]:
+            return x
+        if self.classes == self._kept.shape[0]:
+            return select(x, dim, self._kept)
+        return sum_by_label(x, dim, self._kept, self._targets, self.classes)
+
+    def _operands(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """What the product takes: the inputs as the way has it, and the weight with as many columns."""
+        if self.way == "sum" or torch.compiler.is_exporting():
+            return self.sum_inputs(x, dim), self.weight
+        self._check_inputs(x, dim)
+        columns = self.weight.index_select(1, self._targets)
+        if self.way == "select" and len(self._kept) < x.shape[dim]:
+            return select(x, dim, self._kept), columns
+        shape = (columns.shape[0], x.shape[dim], *columns.shape[2:])
+        return x, columns.new_zeros(shape).index_copy(1, self._kept, columns)
+
+    def _check_inputs(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.labels.shape[0]:
             raise RuntimeError(
                 f"{type(self).__name__}: expected {self.labels.shape[0]} inputs in dimension {dim}, got an input of "
                 f"shape {tuple(x.shape)}; pass what the dense layer takes"
             )
-        kept, classes = self._kept.shape[0], self.classes
-        if classes == x.shape[dim]:
-            return x
-        read = x.index_select(dim, self._kept)
-        if classes == kept:
-            return read
-        shape = list(x.shape)
-        shape[dim] = classes
-        return x.new_zeros(shape).index_add(dim, self._targets, read)
 
     def _dense_weight(self) -> Tensor:
         """Give every input its label's weight, zero where it is not read: `(out, K, …)` → `(out, G, …)`."""
@@ -102,7 +121,8 @@ class _TiedInputs(nn.Module):
         return Groups.inputs().write(full, (self.weight.shape[0], len(self.labels), *self.weight.shape[2:]))
 
     def _tied_repr(self) -> str:
-        return f"read={len(self._kept)}, classes={self.classes}, bias={self.bias is not None}"
+        way = "" if self.way == "sum" else f", way={self.way}"
+        return f"read={len(self._kept)}, classes={self.classes}, bias={self.bias is not None}{way}"
 
 
 class TiedLinear(_TiedInputs):
@@ -165,7 +185,7 @@ class TiedLinear(_TiedInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(*, G)` to `(*, out_features)`."""
-        return functional.linear(self.sum_inputs(x, x.dim() - 1), self.weight, self.bias)
+        return functional.linear(*self._operands(x, x.dim() - 1), self.bias)
 
     def extra_repr(self) -> str:
         """What `print` shows: sizes, how many inputs are read, and to how many values they are tied."""
@@ -251,9 +271,9 @@ class _TiedConv(_TiedInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, G, …)` or `(G, …)` to `(N, out_channels, …)` or `(out_channels, …)`."""
-        summed = self.sum_inputs(x, x.dim() - 1 - self.dimensions)
+        read, weight = self._operands(x, x.dim() - 1 - self.dimensions)
         convolve = cast("Any", (functional.conv1d, functional.conv2d, functional.conv3d)[self.dimensions - 1])
-        return convolve(summed, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return convolve(read, weight, self.bias, self.stride, self.padding, self.dilation)
 
     def extra_repr(self) -> str:
         """What `print` shows: sizes, how many channels are read, and to how many values they are tied."""
@@ -349,7 +369,14 @@ def _refresh(module: nn.Module, _: object) -> None:
             f"labels: expected {tied.weight.shape[1]} distinct labels, as the weight has, got {partition.classes}; "
             "load the labels together with their weight"
         )
-    tied._kept, tied._targets = partition.indices(tied.labels.device)  # pyright: ignore[reportPrivateUsage]
+    tied._kept, tied._targets = _sorted_indices(partition, tied.labels.device)  # pyright: ignore[reportPrivateUsage]
+
+
+def _sorted_indices(partition: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The inputs that are read, sorted by label, and the label of each."""
+    kept, targets = partition.indices(device)
+    targets, order = targets.sort(stable=True)
+    return kept[order], targets
 
 
 _Layer = Any
