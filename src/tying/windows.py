@@ -100,8 +100,7 @@ class Windows:
         if padding == "same":
             if max(steps) > 1:
                 raise PlanError(f"padding: expected numbers with a stride of {steps}, got 'same'; give the numbers")
-            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-            pairs = tuple((total // 2, total - total // 2) for total in totals)
+            pairs = _same(kernel, dilations)
         elif isinstance(padding, str):
             if padding != "valid":
                 raise PlanError(f"padding: expected numbers, 'same' or 'valid', got {padding!r}; pick one of them")
@@ -167,6 +166,19 @@ class Windows:
         """The padding as `torch.nn.functional.pad` takes it: the last dimension first."""
         return [amount for pair in reversed(self.padding) for amount in pair]
 
+    @property
+    def padding_argument(self) -> str | tuple[int, ...]:
+        """The padding as `torch.nn.Conv` takes it: numbers, or "same" where the two sides of an input differ.
+
+        Raises:
+            PlanError: If no convolution of torch pads so.
+        """
+        if all(low == high for low, high in self.padding):
+            return tuple(low for low, _ in self.padding)
+        if set(self.stride) == {1} and self.padding == _same(self.kernel_size, self.dilation):
+            return "same"
+        raise PlanError(f"padding: expected the same on both sides, got {self.padding}; torch.nn.Conv has no other")
+
     def reads(self) -> NDArray[np.int64]:
         """Return `(P, K)`: which of a channel's S numbers each tap reads at each position; −1: a padded zero.
 
@@ -179,6 +191,11 @@ class Windows:
         ):
             moved = moved.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         return moved.reshape(self.positions, self.taps).numpy().astype(np.int64) - 1
+
+
+def _same(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
 
 
 def per_dimension(name: str, size: Size, dimensions: int) -> tuple[int, ...]:

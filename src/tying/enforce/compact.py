@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from typing import TypeAlias, cast
 
 import torch
@@ -15,6 +16,7 @@ from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
 from tying.channels.graph import export
 from tying.enforce.compare import as_double, check_equal, run, same_random_numbers
+from tying.enforce.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
 from tying.enforce.guard import bonds_of
 from tying.enforce.reduction import Compaction, reduce
 from tying.enforce.surgery import place_tied_, replace_
@@ -36,7 +38,9 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
     Args:
         model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared.
         plan: Ties of one member: over `Groups.inputs()` of the weights of `nn.Linear` and `nn.ConvNd`, pruned and
-            tied; over `Groups.outputs()` of any parameter, pruned only.
+            tied; over `Groups.outputs()` of any parameter, pruned only; and those of
+            `tying.find.convolution.hardwired`, which put a convolution in the place of a linear or locally connected
+            layer.
         example_inputs: A tensor, or the tuple of tensors that `model` takes; the first dimension is the batch.
         tolerance: Largest difference from the projected model's outputs, relative to the largest of them.
 
@@ -67,10 +71,10 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
         raise CompactError(f"tolerance: expected a finite number ≥ 0, got {tolerance}; 1e-9 leaves room for rounding")
     inputs = _inputs(example_inputs)
     with same_random_numbers(model):
-        reference, compaction = _plan(model, plan, inputs)
-        checked = _build(_copied(model).double(), compaction)
+        reference, layers, compaction = _plan(model, plan, inputs)
+        checked = _build(_copied(model).double(), layers, compaction)
         check_equal(reference, checked.eval(), inputs, tolerance)
-        return _build(_copied(model), compaction)
+        return _build(_copied(model), layers, compaction)
 
 
 def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> Compaction:
@@ -95,13 +99,18 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> 
           0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
     """
     with same_random_numbers(model):
-        return _plan(model, plan, _inputs(example_inputs))[1]
+        return _plan(model, plan, _inputs(example_inputs))[2]
 
 
-def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Compaction]:
-    """The model projected on the plan, float64 and in evaluation mode, and what goes from it."""
+def _plan(
+    model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]
+) -> tuple[nn.Module, Mapping[str, Geometry], Compaction]:
+    """The model projected on the plan, float64 and in evaluation mode; what becomes a convolution; what then goes.
+
+    Convolutions are placed before channels are looked for: theirs can go too.
+    """
     plan = _by_first_names(plan, model)
-    _check_compactable(model, plan)
+    found = _check_compactable(model, plan)
     reference = _copied(model).double().eval()
     parameters = dict(reference.named_parameters())
     with torch.no_grad():
@@ -112,8 +121,9 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...]) -> tuple[
         run(reference, given)  # what fails here would fail below, with less to say
     except CompactError as error:
         raise CompactError(f"{error}; pass example_inputs as the model takes them") from error
-    graph = export(reference, given)
-    return reference, reduce(reference, plan, channels_of(graph), constants_of(graph, given))
+    network = place_convolutions(_copied(reference), found.layers) if found.layers else reference
+    graph = export(network, given)
+    return reference, found.layers, reduce(network, found.others, channels_of(graph), constants_of(graph, given))
 
 
 def _by_first_names(plan: TiePlan, model: nn.Module) -> TiePlan:
@@ -137,14 +147,15 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _build(network: nn.Module, compaction: Compaction) -> nn.Module:
+def _build(network: nn.Module, layers: Mapping[str, Geometry], compaction: Compaction) -> nn.Module:
+    network = place_convolutions(network, layers)
     replace_(network, compaction.tensors)
     place_tied_(network, compaction.labels)
     return network
 
 
-def _check_compactable(model: nn.Module, plan: TiePlan) -> None:
-    """Raise unless `compact` knows what to do with the plan and the model.
+def _check_compactable(model: nn.Module, plan: TiePlan) -> Convolutions:
+    """Raise unless `compact` knows what to do with the plan and the model; return what becomes a convolution.
 
     Raises:
         CompactError: Names the tie or the parameter, and points to `tie_`.
@@ -167,13 +178,15 @@ def _check_compactable(model: nn.Module, plan: TiePlan) -> None:
             )
     parameters = dict(model.named_parameters())
     plan.check_fits(parameters)
-    for tie in plan:
+    found = convolutions_in(model, plan)
+    for tie in found.others:
         if reason := _not_compactable(model, tie):
             raise CompactError(f"{tie}: expected {reason}; enforce it with tie_ instead")
     for name, parameter in parameters.items():
         if not bool(parameter.isfinite().all()):
             raise CompactError(f"{name}: expected finite weights, got NaN or infinite ones; train the model again")
     _check_memory(parameters)
+    return found
 
 
 def _not_compactable(model: nn.Module, tie: Tie) -> str | None:

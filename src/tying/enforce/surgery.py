@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
+from tying.enforce.convolutions import rebuild_convolutions
 from tying.errors import CompactError, PlanError
-from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+from tying.nn import FlatConv, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 from tying.plan import qualified
 
 Description: TypeAlias = dict[str, dict[str, Any]]
@@ -219,6 +220,8 @@ def describe(model: nn.Module) -> Description:
         tensors = {leaf: None if held is None else list(held.shape) for leaf, held in _own(module).items()}
         if tensors:
             result[name] = {"type": type(module).__name__, **sizes_of(module), "tensors": tensors}
+        elif isinstance(module, FlatConv):
+            result[name] = {"type": type(module).__name__, "wiring": module.wiring.to_text(), "tensors": {}}
     return result
 
 
@@ -236,7 +239,7 @@ def rebuild(model: nn.Module, description: Description) -> nn.Module:
         PlanError: If the description is not one of a network made from this architecture; names the module.
         CompactError: If a layer that has to change has a parametrization or hooks.
     """
-    result = copy.deepcopy(model)
+    result = rebuild_convolutions(copy.deepcopy(model), description)
     tied = _newly_tied(result, description)
     shapes: dict[str, list[int]] = {}
     for name, entry in description.items():
