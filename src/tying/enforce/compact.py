@@ -17,16 +17,19 @@ from tying.channels.find import channels_of
 from tying.channels.graph import export
 from tying.enforce.compare import as_double, check_equal, run, same_random_numbers
 from tying.enforce.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
+from tying.enforce.fastest import choose_fastest_
 from tying.enforce.guard import bonds_of
 from tying.enforce.reduction import Compaction, reduce
-from tying.enforce.surgery import place_tied_, replace_
+from tying.enforce.surgery import place_tied_, replace_, set_ways_, ways_of
 from tying.errors import CompactError
 from tying.plan import Member, Tie, TiePlan
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
-def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, tolerance: float = 1e-9) -> nn.Module:
+def compact(
+    model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, tolerance: float = 1e-9, fastest: bool = False
+) -> nn.Module:
     """Return a new, smaller network that computes what `model` computes once it is projected on the plan.
 
     Channels that nobody reads go, together with the units that make them; a pruned unit, whose output is then a
@@ -43,6 +46,9 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
             layer.
         example_inputs: A tensor, or the tuple of tensors that `model` takes; the first dimension is the batch.
         tolerance: Largest difference from the projected model's outputs, relative to the largest of them.
+        fastest: Measure here, layer by layer on the example inputs, whether a tied layer should sum its inputs or read
+            them as the dense one does (`tying.enforce.fastest`); it stores each value once either way. Machines differ:
+            without it, the same plan gives the same network on every one.
 
     Returns:
         A module with the model's dtype, device, mode and `requires_grad`; it shares no tensor with the model and trains
@@ -74,7 +80,13 @@ def compact(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, toleranc
         reference, layers, compaction = _plan(model, plan, inputs)
         checked = _build(_copied(model).double(), layers, compaction)
         check_equal(reference, checked.eval(), inputs, tolerance)
-        return _build(_copied(model), layers, compaction)
+        small = _build(_copied(model), layers, compaction)
+        if fastest and compaction.labels:
+            choose_fastest_(small, inputs)
+            checked = _build(_copied(reference), layers, compaction).eval()
+            set_ways_(checked, ways_of(small))
+            check_equal(reference, checked, inputs, tolerance)
+        return small
 
 
 def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> Compaction:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from tying.enforce.convolutions import rebuild_convolutions
 from tying.errors import CompactError, PlanError
 from tying.nn import FlatConv, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+from tying.nn.tied import WAYS, Way
 from tying.plan import qualified
 
 Description: TypeAlias = dict[str, dict[str, Any]]
@@ -216,10 +217,12 @@ def describe(model: nn.Module) -> Description:
         {'0': {'type': 'Linear', 'in_features': 3, 'out_features': 2, 'tensors': {'weight': [2, 3], 'bias': None}}}
     """
     result: Description = {}
+    ways = ways_of(model)
     for name, module in model.named_modules():
         tensors = {leaf: None if held is None else list(held.shape) for leaf, held in _own(module).items()}
         if tensors:
-            result[name] = {"type": type(module).__name__, **sizes_of(module), "tensors": tensors}
+            way = {"way": ways[name]} if name in ways else {}
+            result[name] = {"type": type(module).__name__, **sizes_of(module), **way, "tensors": tensors}
         elif isinstance(module, FlatConv):
             result[name] = {"type": type(module).__name__, "wiring": module.wiring.to_text(), "tensors": {}}
     return result
@@ -253,6 +256,7 @@ def rebuild(model: nn.Module, description: Description) -> nn.Module:
                 shapes[qualified(name, leaf)] = shape
     replace_(result, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     place_tied_(result, tied)
+    set_ways_(result, {name: way for name, entry in description.items() for way in WAYS if entry.get("way") == way})
     rebuilt = describe(result)
     for name, entry in description.items():
         if rebuilt.get(name) != entry:
@@ -292,6 +296,19 @@ def _unlike(name: str, recorded: Mapping[str, Any] | None, held: Mapping[str, An
     else:
         expected, got = f"a module with {say(recorded)}", say(held)
     return PlanError(f"{name}: expected {expected}, got {got}; build the model as it was before compacting")
+
+
+def ways_of(model: nn.Module) -> dict[str, Way]:
+    """Return by name the ways of the tied layers that compute in another one than the usual "sum"."""
+    tied = ((name, module) for name, module in model.named_modules() if isinstance(module, tuple(TIED.values())))
+    return {name: layer.way for name, layer in tied if layer.way != "sum"}
+
+
+def set_ways_(model: nn.Module, ways: Mapping[str, Way]) -> None:
+    """Let the tied layers compute in these ways, and all others sum."""
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(TIED.values())):
+            module.way = ways.get(name, "sum")
 
 
 def _own(module: nn.Module) -> dict[str, Tensor | None]:

@@ -1,0 +1,117 @@
+"""The way in which each tied layer computes, chosen by measurement on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tying.enforce.compare import run
+from tying.enforce.surgery import TIED, TiedLayer, set_ways_, ways_of
+from tying.evaluation import evaluating
+from tying.nn.tied import WAYS, Way
+from tying.outputs import same_random_numbers
+
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
+
+MARGIN = 0.95
+"""Another way than summing is taken when it needs less than this share of its time: noise changes nothing."""
+ENOUGH_SECONDS, ROUNDS = 0.1, (3, 30)
+"""How long a call of a layer is measured: as many rounds as fit into the seconds, within these numbers."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How long a tied layer takes in each way, and the one that was chosen."""
+
+    layer: str
+    seconds: Mapping[Way, float]
+    """The least that any round took; of a layer that is called several times in a forward, the sum of its calls."""
+    way: Way
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{way} {1e3 * seconds:.3g} ms" for way, seconds in self.seconds.items())
+        return f"{self.layer}: {self.way} ({times})"
+
+
+def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, ...]:
+    """Set the `way` of every tied layer of `tying.nn` to the one that is fastest here, and say what was measured.
+
+    Each layer is timed on the inputs that it gets from the example: batch size, layout in memory, dtype, device and the
+    number of threads should be those of later use. The ways compute the same function, rounding aside; other machines
+    may choose others, so a result that should repeat bit for bit elsewhere keeps the default, "sum".
+
+    Args:
+        model: Written to: the `way` of its tied layers, nothing else. Runs once in evaluation mode, without gradients.
+        example_inputs: A tensor, or the tuple of tensors that the model takes.
+
+    Returns:
+        One choice per tied layer that runs, in the order of `named_modules`.
+
+    Raises:
+        CompactError: If the model does not run on the example inputs; names the module. Nothing is changed then.
+
+    Example:
+        >>> from tying.nn import TiedLinear
+        >>> model = nn.Sequential(TiedLinear(list(range(8)) * 64, 16))
+        >>> [choice] = choose_fastest_(model, torch.randn(32, 512))
+        >>> model[0].way == choice.way == min(choice.seconds, key=choice.seconds.get) or choice.way == "sum"
+        True
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(TIED.values()))]
+    ways = ways_of(model)
+    taken: dict[str, dict[Way, float]] = {}
+    handles = [layer.register_forward_pre_hook(_timer(taken, name), with_kwargs=True) for name, layer in layers]
+    try:
+        with evaluating(model), same_random_numbers(model):
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        set_ways_(model, ways)
+    choices = tuple(Choice(name, taken[name], _best(taken[name])) for name, _ in layers if name in taken)
+    set_ways_(model, {**ways, **{choice.layer: choice.way for choice in choices}})
+    return choices
+
+
+def _timer(taken: dict[str, dict[Way, float]], name: str) -> Callable[..., None]:
+    """A hook that adds to `taken` what the layer of this name takes."""
+
+    def measure(layer: TiedLayer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        so_far = taken.get(name, {})
+        taken[name] = {way: so_far.get(way, 0.0) + s for way, s in _seconds(layer, given, named).items()}
+
+    return measure
+
+
+def _best(seconds: Mapping[Way, float]) -> Way:
+    best = min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] < MARGIN * seconds["sum"] else "sum"
+
+
+def _seconds(layer: TiedLayer, given: tuple[Any, ...], named: dict[str, Any]) -> dict[Way, float]:
+    """The least seconds of one call in each way; the ways take turns, so that a busy machine slows all of them."""
+    least: dict[Way, float] = {}
+    began = time.perf_counter()
+    for turn in range(-1, ROUNDS[1]):
+        for way in WAYS:
+            layer.way = way
+            start = _now(given)
+            layer.forward(*given, **named)
+            if turn >= 0:
+                least[way] = min(least.get(way, math.inf), _now(given) - start)
+        if turn + 1 >= ROUNDS[0] and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+    return least
+
+
+def _now(given: tuple[Any, ...]) -> float:
+    if any(isinstance(x, Tensor) and x.is_cuda for x in given):
+        torch.cuda.synchronize()
+    return time.perf_counter()
