@@ -74,13 +74,13 @@ def check_cut_is_exact(model: nn.Module, x: Tensor, channels: Channels) -> None:
         for channel in chosen:
             change(silent, channel.readers, seed=None)
         try:
-            small = outputs(cut(silent, chosen), x)
+            small = outputs(cut(silent, chosen, channels), x)
         except RuntimeError as error:
             raise AssertionError(f"{error}: {chosen}") from error
         assert_equal(small, outputs(silent, x), f"{chosen}")
 
 
-def cut(model: nn.Module, chosen: Sequence[Channel]) -> nn.Module:
+def cut(model: nn.Module, chosen: Sequence[Channel], channels: Channels | None = None) -> nn.Module:
     """Cut slices out of every tensor, then let the sizes follow from the shapes: a surgeon for these tests only."""
     small = copy.deepcopy(model)
     gone: dict[tuple[str, int], set[int]] = {}
@@ -97,12 +97,20 @@ def cut(model: nn.Module, chosen: Sequence[Channel]) -> nn.Module:
             tensor.data = tensor.data.index_select(axis, kept)
     for module in small.modules():
         adapt(module)
+    for each in channels.counted if channels else ():
+        module: Any = small.get_submodule(each.modules[0])
+        left = sum(not any(head is channel for channel in chosen) for head in each.channels)
+        for name in ("heads", "num_groups"):
+            if hasattr(module, name):
+                setattr(module, name, left)
     return small
 
 
 def adapt(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.modules.conv._ConvNd):

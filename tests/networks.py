@@ -284,7 +284,7 @@ def heads_cut_apart() -> nn.Module:
     )  # fmt: skip
 
 
-@network(2, 4, 5, 5, free=0, blocked=("group_norm",))
+@network(2, 4, 5, 5, free=2)
 def groupnorm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
@@ -371,7 +371,7 @@ def dropped_after_decomposition() -> nn.Module:
     return Net(forward, body=nn.Linear(4, 5), side=nn.Linear(5, 3), head=nn.Linear(5, 2))
 
 
-@network(2, 3, 4, free=6, blocked=("scaled_dot_product_attention",))
+@network(2, 3, 4, free=6 + 2, literal=True)
 def attention() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
     return nn.Sequential(layer, nn.Linear(4, 2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,8 @@ class Constants:
 
     readings: Mapping[tuple[str, int, int], Reading]
     """By (parameter, axis, index), every alias; only what is proven constant."""
+    zeros: Mapping[int, tuple[bool, ...]] = field(default_factory=dict[int, tuple[bool, ...]])
+    """Of each RMSNorm (its number in `Channels.norms`), which of its channels are proven zero."""
 
     def foldable(self, parameter: str, axis: int, index: int) -> float | None:
         """Return the constant c that the reader's bias can take over (`bias += weight[:, index].sum(kernel) · c`).
@@ -81,9 +83,15 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
     """
     tracer = trace(graph)
     reads = {read.call.node: read for read in tracer.readings}
+    norms = {scaled.call.node: number for number, scaled in enumerate(tracer.scaled)}
     found: dict[int, Reading | None] = {}
+    zeros: dict[int, tuple[bool, ...]] = {}
     with torch.no_grad():
         for call in _computed(graph, tree_leaves(example_inputs)):
+            if call.node in norms:
+                scaled = tracer.scaled[norms[call.node]]
+                present = call[scaled.operand].present
+                zeros[norms[call.node]] = tuple((present.reshape(-1, present.shape[-1]) == 0).all(0).tolist())
             if call.node in reads:
                 read = reads[call.node]
                 seen = _constants(call[read.operand], read.axis)
@@ -98,7 +106,7 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
         if (reading := found.get(start + index)) is not None
         for alias in (name, *graph.aliases[name])
     }
-    return Constants(named)
+    return Constants(named, zeros)
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def _mask_for(call: Call) -> Mask | None:
     if call.name in MASKS:
         return MASKS[call.name]
     if operations.CONVOLUTIONS.fullmatch(call.name):
-        return _product
+        return _convolved
     if operations.WINDOWS.fullmatch(call.name) and "bicubic" not in call.name:  # bicubic weights cancel each other
         return _pooled
     return _elementwise if call.pointwise else None
@@ -222,13 +230,42 @@ def _moved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 
 
 def _pooled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
-    """Where the largest one stands varies with any of them."""
+    """Where the largest one stands varies with any of them; a mean that counts padding is another at the border."""
+    padding = call["padding"]
+    if "avg" in call.name and (any(padding) if isinstance(padding, list | tuple) else padding):
+        present = facts[0].present.flatten(-int(call.name[-2])).amax(-1)
+        return [present.reshape(*present.shape, *[1] * int(call.name[-2]))]
     values = _moved(call, facts)[0]
     return [values, *[torch.ones(1)] * (len(call.outputs) - 1)]
 
 
 def _elementwise(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return [cast(Tensor, sum(fact.varies.double() for fact in facts))]
+
+
+def _convolved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """A channel varies everywhere if anything it reads varies anywhere: at another size, other taps meet other places.
+
+    For the same reason a constant other than zero that meets padding is none: the border differs.
+    """
+    value, weight = call["input"], call["weight"]
+    if not isinstance(value, Fact) or not isinstance(weight, Fact) or _others_vary(value, facts):
+        return [torch.ones(1)]
+    dims, groups = int(call.name[-2]), int(call["groups"] or 1)
+    taps = weight.present.flatten(2).amax(2)
+    if "transpose" in call.name:  # (in, out / groups) → (out, in / groups)
+        taps = taps.reshape(groups, -1, taps.shape[1]).mT.reshape(-1, taps.shape[0] // groups)
+    seen = value.present if _meets_border(call, weight) else value.varies.double()
+    seen = seen.flatten(-dims).amax(-1)
+    made = torch.einsum("...gi,goi->...go", seen.unflatten(-1, (groups, -1)), taps.unflatten(0, (groups, -1)))
+    return [made.reshape(*made.shape[:-2], -1, *[1] * dims)]
+
+
+def _meets_border(call: Call, weight: Fact) -> bool:
+    padding = call["padding"]
+    if "transpose" in call.name or isinstance(padding, str):
+        return padding != "valid"
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
 def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
@@ -267,6 +304,23 @@ def _sloped(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return [torch.ones(1) if _others_vary(value, facts) else value.varies]
 
 
+def _normed(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """An RMSNorm only scales: what is zero stays so, and a weight of zero makes zero."""
+    value, weight = call["input"], call["weight"]
+    if _others_vary(value, facts):
+        return [torch.ones(1)]
+    return [value.present * (weight.present if isinstance(weight, Fact) else 1)]
+
+
+def _attended(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """A weighted mean of the values: zero where all of them are."""
+    value, query = call["value"], call["query"]
+    mask = value.present.amax(-2, keepdim=True)
+    if call["enable_gqa"] and value.value.ndim > 2:
+        mask = mask.repeat_interleave(query.value.shape[-3] // mask.shape[-3], -3)
+    return [mask]
+
+
 def _others_vary(value: Fact, facts: Sequence[Fact]) -> bool:
     return any(bool(fact.varies.any()) for fact in facts if fact is not value)
 
@@ -295,7 +349,7 @@ def _looked_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 
 
 Mask = Callable[[Call, Sequence[Fact]], list[Tensor]]
-FACTORS = {**operations.PRODUCTS, "mul": ("self", "other"), "bmm": ("self", "mat2")}
+FACTORS = {**operations.PRODUCTS, "mul": ("self", "other")}
 """The names of the two factors, where they are not `input` and `weight`."""
 MASKS: dict[str, Mask] = {
     "linear": _product,
@@ -306,6 +360,8 @@ MASKS: dict[str, Mask] = {
     "expand": _moved,
     "prelu": _sloped,
     "batch_norm": _scaled,
+    "rms_norm": _normed,
+    "scaled_dot_product_attention": _attended,
     "_native_batch_norm_legit_no_training": _scaled,
     **dict.fromkeys(FACTORS, _product),
     **dict.fromkeys(operations.IDENTITIES | operations.MOVES | operations.CUTS, _moved),

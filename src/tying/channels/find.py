@@ -62,6 +62,8 @@ class Channel:
     lost: str | None = None
     """Why more than `readers` may depend on it, or None: an operation without a rule takes it, say. Then it is blocked,
     too."""
+    norms: tuple[int, ...] = ()
+    """The RMSNorms (numbers in `Channels.norms`) that block it, if nothing else does: where it is zero, it can go."""
     output: bool = False
     """Whether its numbers are an output of the model: then it has a place there that others rely on, whatever else
     blocks it."""
@@ -78,10 +80,38 @@ class Channel:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """What the forward of a module counts, heads or groups: when some go, its sizes may have to change."""
+
+    modules: tuple[str, ...]
+    """The modules in whose forward the operation stands, from the inside out; "" is the model."""
+    channels: tuple[Channel | None, ...]
+    """Of each head or group, in order. Several heads of queries may share one. None: no channel that could go."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm over `d` channels, of which those that are zero can go: `d′` are left.
+
+    Its weight is then multiplied by √(d/d′) and its eps by d/d′: the mean of squares is d′/d of that of the others.
+    """
+
+    modules: tuple[str, ...]
+    """The modules in whose forward it stands, from the inside out."""
+    weight: str
+    eps: float | None
+    """None: that of the dtype."""
+    alone: bool
+    """Whether nothing else uses the weight."""
+
+
+@dataclass(frozen=True)
 class Channels:
     """The channels of a model, in the order of its parameters."""
 
     channels: tuple[Channel, ...]
+    counted: tuple[Counted, ...] = ()
+    norms: tuple[Norm, ...] = ()
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(self.channels)
@@ -141,7 +171,8 @@ def channels_of(graph: Graph) -> Channels:
     """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
     tracer = trace(graph)
     ledger = tracer.ledger
-    classes, reasons, losses = ledger.settle()
+    settled = ledger.settle([each.labels for each in tracer.several])
+    classes = settled.classes
     leaving = {int(c) for labels in tracer.outputs for c in np.unique(classes[labels.reshape(-1).numpy()])}
     makers: dict[int, list[Slice]] = {}
     readers: dict[int, list[Slice]] = {}
@@ -157,11 +188,36 @@ def channels_of(graph: Graph) -> Channels:
                     order[found] = None
                     part = Slice(name, axis, tuple(members), graph.aliases[name])
                     parts.setdefault(found, []).append(part)
-    return Channels(
-        tuple(
-            Channel(tuple(makers.get(c, ())), tuple(readers.get(c, ())), reasons[c], losses[c], c in leaving)
-            for c in order
+    found = {
+        c: Channel(
+            tuple(makers.get(c, ())),
+            tuple(readers.get(c, ())),
+            settled.blocked[c],
+            settled.lost[c],
+            tuple(sorted(settled.unless.get(c, ()))),
+            c in leaving,
         )
+        for c in order
+    }
+    counted = [
+        Counted(each.modules, tuple(found.get(c) for c in classes[each.labels.numpy()].tolist()))
+        for each in tracer.several
+    ]
+    return Channels(tuple(found.values()), tuple(counted), _norms(graph, tracer))
+
+
+def _norms(graph: Graph, tracer: Tracer) -> tuple[Norm, ...]:
+    names = {node: graph.sources[node.name].name for node in graph.nodes if node.op == "placeholder"}
+    users: dict[str, set[Node]] = {}
+    ends: dict[str, set[Node]] = {}
+    for node, name in names.items():
+        users.setdefault(name, set()).update(node.users)
+    for scaled in tracer.scaled:
+        ends.setdefault(names[scaled.weight], set()).add(scaled.end)
+    return tuple(
+        Norm(scaled.call.modules, name, scaled.eps, users[name] == ends[name] and name in graph.tensors)
+        for scaled in tracer.scaled
+        for name in (names[scaled.weight],)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,9 +32,15 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
 
-    def __str__(self) -> str:
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules in whose forward it stands, from the inside out; "" is the model."""
         stack: dict[str, tuple[str, Any]] = self.node.meta.get("nn_module_stack") or {}
-        module = list(stack.values())[-1][0] if stack else ""
+        paths = (re.sub(r"@\d+", "", path) for path, _ in reversed(stack.values()))  # "@1": called again
+        return tuple(dict.fromkeys([*paths, ""]))
+
+    def __str__(self) -> str:
+        module = self.modules[0]
         return f"{self.name} in {module!r}" if module else f"{self.name} in the model's forward"
 
     @property

@@ -51,6 +51,20 @@ Value = Tensor | Weight
 """What the rules pass on: the labels of an activation, in its own shape, or a parameter."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What is known of channels once all labels are united."""
+
+    classes: Array
+    """The channel of every label."""
+    blocked: list[str | None]
+    """Why each channel can't be removed, if so."""
+    lost: list[str | None]
+    """Why what depends on it is not known in full, if so."""
+    unless: dict[int, set[int]]
+    """The RMSNorms that block a channel, and nothing else, by channel."""
+
+
 class Ledger:
     """What the rules say about labels: united, made, read, blocked; and what is checked once all is united."""
 
@@ -70,6 +84,7 @@ class Ledger:
         self.reads: list[Array] = []
         self._pairs: list[Array] = []
         self._blocks: list[tuple[Array, str]] = []
+        self._unless: list[tuple[Array, str, int]] = []
         self._lost: list[tuple[Array, str]] = []
         self._summaries: list[tuple[Array, Array, str]] = []
         self._spreads: list[tuple[Array, Array, str]] = []
@@ -102,22 +117,28 @@ class Ledger:
             pairs = _distinct(a[differ] * self.size + b[differ])
             self._pairs.append(np.stack(np.divmod(pairs, self.size)))
 
-    def block(self, labels: Tensor, reason: str) -> None:
-        """Say why these can't be removed; the first reason given is the one reported."""
-        self._blocks.append((unique(labels), reason))
+    def block(self, labels: Tensor, reason: str, *, unless: int | None = None) -> None:
+        """Say why these can't be removed; the first reason given is the one reported.
+
+        With `unless`, the number of an RMSNorm, they can where they are zero, if nothing else blocks them.
+        """
+        if unless is None:
+            self._blocks.append((unique(labels), reason))
+        else:
+            self._unless.append((unique(labels), reason, unless))
 
     def lose(self, labels: Tensor, reason: str) -> None:
         """Say why what depends on these is not known in full; they can't be removed either."""
         self.block(labels, reason)
         self._lost.append((unique(labels), reason))
 
-    def summarise(self, labels: Tensor, summary: Tensor, reason: str) -> None:
+    def summarise(self, labels: Tensor, summary: Tensor, reason: str, *, unless: int | None = None) -> None:
         """Say that numbers like a mean or a norm are taken over channels: these can't be removed.
 
         They are lost only if the summary does more than scale or shift the channels that it was taken over, as in a
         normalisation written by hand.
         """
-        self.block(labels, reason)
+        self.block(labels, reason, unless=unless)
         self.reads.append(unique(labels))
         self._summaries.append((unique(labels), unique(summary), reason))
 
@@ -157,9 +178,14 @@ class Ledger:
         """Block, in the end, the channels that go into an operation and neither leave it nor are read by it."""
         self._kept.append((before, after, reason))
 
-    def settle(self) -> tuple[Array, list[str | None], list[str | None]]:
-        """Return the channel of every label, and for every channel why it is blocked and why it is lost, if so."""
+    def settle(self, counted: Sequence[Tensor] = ()) -> Settled:
+        """Find the channel of every label, and for every channel why it is blocked and why it is lost, if so.
+
+        Args:
+            counted: Labels of heads and the like, whose literal positions a module's attributes may say.
+        """
         classes = self._classes()
+        exempt = np.unique(classes[np.concatenate([_flat(labels) for labels in counted])] if counted else classes[:0])
         reasons: list[str | None] = [None] * (int(classes.max(initial=-1)) + 1)
 
         def block(found: Array, reason: str) -> None:
@@ -175,11 +201,18 @@ class Ledger:
             free = np.delete(slabs, axis, 1).any(1)
             if chunks:
                 free |= slabs[:, axis] & _even(labels, classes, found, axis, chunks)
-            block(found[~free], reason)
+            block(found[~free & ~np.isin(found, exempt)], reason)
         gone = [(_without(classes[before], classes[after]), reason) for before, after, reason in self._kept]
         for found, reason in gone:
             block(found, reason)
-        return classes, reasons, self._losses(classes, gone)
+        unless: dict[int, set[int]] = {}
+        free = {index for index, reason in enumerate(reasons) if reason is None}
+        for labels, reason, number in self._unless:
+            block(classes[labels], reason)
+            for index in _distinct(classes[labels]).tolist():
+                if index in free:
+                    unless.setdefault(index, set()).add(number)
+        return Settled(classes, reasons, self._losses(classes, gone), unless)
 
     def _losses(self, classes: Array, gone: Sequence[tuple[Array, str]]) -> list[str | None]:
         """Return, for every channel, why what depends on it is not known in full, if so."""

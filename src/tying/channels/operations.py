@@ -27,7 +27,7 @@ WINDOWS = re.compile(
     r"(?:(?:adaptive_)?(?:avg|max)_pool|_?upsample_(?:nearest|nearest_exact|linear|bilinear|trilinear|bicubic))"
     r"([123])d(?:_with_indices)?"
 )
-PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
+PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2")}
 """The names of the two factors."""
 REDUCTIONS = _names("mean sum amax amin max min std var prod linalg_vector_norm logsumexp all any")
 COUPLED = _names("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp")

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tying.channels.attention import product, scaled_dot_product_attention
 from tying.channels.graph import Call
 from tying.channels.labels import Value, Weight, squash, unique, varies
+from tying.channels.norms import channelwise_norm, coupled_norm, group_norm, mean_square
 from tying.channels.operations import (
     CHANNELWISE_NORMS,
     CONVOLUTIONS,
@@ -27,7 +29,7 @@ from tying.channels.operations import (
     REDUCTIONS,
     WINDOWS,
 )
-from tying.channels.tracer import Read, Tracer, spread, values_in
+from tying.channels.tracer import Read, Tracer, first_output, narrow, spread, values_in
 
 Rule = Callable[[Tracer, Call], Any]
 
@@ -197,7 +199,7 @@ def linear(tracer: Tracer, call: Call) -> Any:
 
 
 def matmul(tracer: Tracer, call: Call) -> Any:
-    """A contraction if one side is a parameter of two dimensions; two activations block each other."""
+    """A contraction if one side is a parameter of two dimensions; else a product of two activations."""
     left, right = PRODUCTS[call.name]
     bias = call["self"] if call.name == "addmm" else None
     last = len(call.shape) - 1
@@ -206,6 +208,8 @@ def matmul(tracer: Tracer, call: Call) -> Any:
     if _is_matrix(call[left]) and _ndim(call[right]) == last + 1:
         axis = max(last - 1, 0)
         return contract(tracer, call, right, axis, call[left], (1, 0), bias, axis)
+    if not any(isinstance(call[side], Weight) and not call[side].is_buffer for side in (left, right)):
+        return product(tracer, call, left, right) if call.name != "addmm" else tracer.deny(call)
     return tracer.deny(call)
 
 
@@ -231,30 +235,6 @@ def convolution(tracer: Tracer, call: Call) -> Any:
     return result
 
 
-def channelwise_norm(tracer: Tracer, call: Call) -> Any:
-    """Every channel by itself: its entries of weight, bias and running statistics go with it."""
-    labels = tracer.labels(call["input"], call)
-    names = ("weight", "bias", "running_mean", "running_var")
-    tracer.attach(labels, 1, [call[name] for name in names], call)
-    return _first_output(tracer, call, labels)
-
-
-def coupled_norm(tracer: Tracer, call: Call) -> Any:
-    """All channels together: they stay what they are, but none can go without changing the others."""
-    labels = tracer.labels(call["input"], call)
-    shape = call["normalized_shape"]
-    axes = [1] if shape is None else list(range(labels.ndim - len(shape), labels.ndim))
-    affine = [call[name] for name in ("weight", "bias") if call[name] is not None]
-    reason = f"{call} normalises it together with others"
-    if len(axes) == 1:
-        tracer.attach(labels, axes[0], affine, call)
-    else:
-        for weight in affine:
-            tracer.block(weight, reason)
-    tracer.ledger.block(labels, reason)
-    return labels
-
-
 def coupled(tracer: Tracer, call: Call) -> Any:
     """Block channels that lie along the axis; along any other axis they don't feel it.
 
@@ -272,10 +252,10 @@ def window(tracer: Tracer, call: Call) -> Any:
     value = call["self"] if call["self"] is not None else call["input"]
     dims = int(WINDOWS.sub(r"\1", call.name))
     labels = tracer.labels(value, call)
-    narrowed = _narrow(tracer, labels, list(range(labels.ndim - dims, labels.ndim)))
+    narrowed = narrow(tracer, labels, list(range(labels.ndim - dims, labels.ndim)))
     if narrowed is None:
         return tracer.deny(call)
-    return _first_output(tracer, call, narrowed.expand(call.shape))
+    return first_output(tracer, call, narrowed.expand(call.shape))
 
 
 def reduction(tracer: Tracer, call: Call) -> Any:
@@ -284,13 +264,14 @@ def reduction(tracer: Tracer, call: Call) -> Any:
     given = call["dim"]
     dims = [given] if isinstance(given, int) else list(given or range(labels.ndim))
     dims = [d % labels.ndim for d in dims]
-    narrowed = _narrow(tracer, labels, dims)
+    narrowed = narrow(tracer, labels, dims)
     if narrowed is None:
         summaries = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs]
         for summary in summaries:
-            tracer.ledger.summarise(labels, summary, f"{call} puts it together with others")
+            norm = mean_square(tracer, call, labels)
+            tracer.ledger.summarise(labels, summary, f"{call} puts it together with others", unless=norm)
         return summaries if isinstance(call.node.meta.get("val"), list | tuple) else summaries[0]
-    return _first_output(tracer, call, narrowed.reshape(call.shape))
+    return first_output(tracer, call, narrowed.reshape(call.shape))
 
 
 def pad(tracer: Tracer, call: Call) -> Any:
@@ -303,7 +284,7 @@ def pad(tracer: Tracer, call: Call) -> Any:
         if not before and not after:
             continue
         if not varies(labels, dim) or not (zeros and min(before, after) >= 0):
-            narrowed = _narrow(tracer, labels, [dim])
+            narrowed = narrow(tracer, labels, [dim])
             if narrowed is None:
                 return tracer.deny(call)
             labels = narrowed.expand(_resized(labels, dim, labels.shape[dim] + before + after))
@@ -342,6 +323,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(COUPLED, coupled),
     **dict.fromkeys(CHANNELWISE_NORMS, channelwise_norm),
     **dict.fromkeys(COUPLED_NORMS, coupled_norm),
+    "group_norm": group_norm,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
 }
 """By name of the operation; convolutions, windows and what PyTorch tags as pointwise are found by `rule_for`."""
 
@@ -350,24 +333,6 @@ def _execute(call: Call, replaced: dict[int, Tensor]) -> Any:
     """Run the operation with label tensors in the place of its operands."""
     result = call.run(lambda item: replaced.get(id(item), item))
     return list(result) if isinstance(result, list | tuple) else result
-
-
-def _first_output(tracer: Tracer, call: Call, labels: Tensor) -> Any:
-    if not isinstance(call.node.meta.get("val"), list | tuple):
-        return labels
-    others = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs[1:]]
-    return [labels, *others]
-
-
-def _narrow(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor | None:
-    """Keep one index of these dimensions, uniting the others with it; None where channels lie along them."""
-    if any(tracer.ledger.splits(labels, d) for d in dims):
-        return None
-    narrowed = labels
-    for dim in dims:
-        narrowed = narrowed.narrow(dim, 0, 1)
-    tracer.ledger.unite(labels, narrowed)
-    return narrowed
 
 
 def _resized(labels: Tensor, dim: int, length: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tying.channels.graph import Call
 from tying.channels.labels import Ledger, Value, Weight, squash, varies
@@ -25,12 +25,39 @@ class Read:
     padded: bool
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """An RMSNorm: its channels that are zero can go, if its weight and eps make up for it."""
+
+    call: Call
+    operand: str
+    """The argument of the call that is zero where the channel is: what is normalised, or its square."""
+    line: Tensor
+    """One label per index of the last axis."""
+    end: fx.Node
+    """Where the weight is multiplied with."""
+    weight: fx.Node
+    eps: float | None
+
+
+@dataclass(frozen=True)
+class Several:
+    """An operation that counts what it works on: heads, groups."""
+
+    modules: tuple[str, ...]
+    """The modules in whose forward it stands, from the inside out."""
+    labels: Tensor
+    """One for each head or group, in their order."""
+
+
 class Tracer:
     """What the rules write to."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.readings: list[Read] = []
+        self.scaled: list[Scaled] = []
+        self.several: list[Several] = []
         self.outputs: list[Tensor] = []
 
     def block(self, value: Value, reason: str) -> None:
@@ -91,6 +118,13 @@ class Tracer:
                 self.ledger.unite(line, along)
                 self.ledger.mark_made(along)
 
+    def note_heads(self, call: Call, labels: Tensor) -> None:
+        """Note that an operation counts these: one label each."""
+        for dim in range(labels.ndim):
+            if not varies(labels, dim):
+                labels = labels.narrow(dim, 0, 1)
+        self.several.append(Several(call.modules, labels.reshape(-1)))
+
     def deny(self, call: Call, reason: str | None = None) -> Any:
         """Block all that goes in, and lose sight of it; what comes out belongs to nobody."""
         reason = reason or f"{call} has no rule"
@@ -111,6 +145,25 @@ def values_in(nested: Any) -> list[Value]:
     if isinstance(nested, list | tuple):
         return [value for item in cast(list[Any], nested) for value in values_in(item)]
     return []
+
+
+def first_output(tracer: Tracer, call: Call, labels: Tensor) -> Any:
+    """Return the labels of the first of an operation's outputs; the others belong to nobody."""
+    if not isinstance(call.node.meta.get("val"), list | tuple):
+        return labels
+    others = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs[1:]]
+    return [labels, *others]
+
+
+def narrow(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """Keep one index of these dimensions, uniting the others with it; None where channels lie along them."""
+    if any(tracer.ledger.splits(labels, d) for d in dims):
+        return None
+    narrowed = labels
+    for dim in dims:
+        narrowed = narrowed.narrow(dim, 0, 1)
+    tracer.ledger.unite(labels, narrowed)
+    return narrowed
 
 
 def spread(line: Tensor, axis: int, ndim: int) -> Tensor:

@@ -7,14 +7,16 @@ which labels the inputs that stay have.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tying.channels.constants import Constants
-from tying.channels.find import Channel, Channels, Slice
+from tying.channels.find import Channel, Channels, Counted, Slice
+from tying.enforce.adapt import Change
+from tying.enforce.norms import adapted, zero_or_why
 from tying.enforce.surgery import check_has_tied_twin, holders, names_of, owned
 from tying.errors import CompactError
 from tying.plan import Tie, TiePlan, qualified
@@ -48,17 +50,29 @@ class Compaction:
     """What could have gone and stays, as zeros."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     """The tensors that change, by first name, float64, of their new size."""
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """By module name: the attributes that change, as the number of heads."""
+    changes: Mapping[int, Change] = field(default_factory=dict[int, "Change"], repr=False)
+    """Of the channels that go (by number), those with which sizes change that a forward may have written down."""
 
     def __str__(self) -> str:
         removed = f"{len(self.removed)} channel{'' if len(self.removed) == 1 else 's'}"
         lines = [f"Compaction: {removed} removed, {self.folded} of them folded into biases"]
+        for name, attributes in self.attributes.items():
+            lines.append(f"  {name}: {', '.join(f'{key}={value}' for key, value in attributes.items())}")
         for name, labels in self.labels.items():
             read = [label for label in labels if label >= 0]
             lines.append(f"  {name}: {len(labels)} inputs, {len(read)} read, {len(set(read))} values")
         return "\n".join([*lines, *(f"  {kept}" for kept in self.kept)])
 
 
-def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: Constants) -> Compaction:
+def reduce(
+    reference: nn.Module,
+    plan: TiePlan,
+    channels: Channels,
+    constants: Constants,
+    refused: Mapping[int, str] | None = None,
+) -> Compaction:
     """Decide what goes from a network.
 
     Args:
@@ -66,14 +80,17 @@ def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: C
         plan: Ties of one member, over inputs or outputs, that fit the model.
         channels: Of the reference.
         constants: Of the reference.
+        refused: Why channels, by number, must stay.
 
     Raises:
         CompactError: If a layer is left without units or inputs, or its inputs are tied and it has no tied twin.
     """
     network = _Network(reference)
+    channels = _decided(reference, channels, constants, refused or {})
     folded, reasons = _fold(network, channels, constants)
     removed = _remove_unread(network, channels)
     network.check_something_is_left()
+    attributes = _scale_norms(network, channels)
     gone = {id(channel) for channel in removed}
     labels, unselected = _labels(network, plan, {s.parameter for c in channels for s in c.makers if s.axis == 1})
     stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
@@ -83,7 +100,78 @@ def reduce(reference: nn.Module, plan: TiePlan, channels: Channels, constants: C
         labels=labels,
         kept=(*stranded, *unselected),
         tensors=network.changed(plan),
+        attributes=attributes,
+        changes=_changes(network, channels, gone),
     )
+
+
+def _decided(model: nn.Module, channels: Channels, constants: Constants, refused: Mapping[int, str]) -> Channels:
+    """Block the channels that are refused, and let go those that are zero where an RMSNorm takes their mean."""
+    decided: dict[int, Channel] = {}
+    for number, channel in enumerate(channels):
+        blocked = refused.get(number) or channel.blocked
+        if channel.norms and number not in refused:
+            blocked = zero_or_why(model, channels, constants, channel)
+        decided[id(channel)] = channel if blocked == channel.blocked else replace(channel, blocked=blocked)
+    counted = [
+        replace(each, channels=tuple(None if c is None else decided[id(c)] for c in each.channels))
+        for each in channels.counted
+    ]
+    return Channels(tuple(decided.values()), tuple(counted), channels.norms)
+
+
+def _scale_norms(network: _Network, channels: Channels) -> dict[str, dict[str, Any]]:
+    """Make up for the channels that are missing in RMSNorms. Returns the attributes of their modules."""
+    attributes: dict[str, dict[str, Any]] = {}
+    scaled: set[str] = set()
+    for norm in channels.norms:
+        live = network.live[norm.weight][0]
+        before, after = len(live), int(live.sum())
+        if after == before:
+            continue
+        if norm.weight not in scaled:
+            scaled.add(norm.weight)
+            network.values[norm.weight] *= (before / after) ** 0.5
+        attributes[norm.modules[0]] = adapted(network.model, norm, before, after)
+    return attributes
+
+
+def _changes(network: _Network, channels: Channels, gone: set[int]) -> dict[int, Change]:
+    """The sizes that change where heads, groups or channels of an RMSNorm go, by the number of each such channel."""
+    numbers = {id(channel): number for number, channel in enumerate(channels)}
+    found: dict[int, Change] = {}
+    for number, channel in enumerate(channels):
+        if channel.norms and id(channel) in gone:
+            found[number] = Change(channels.norms[channel.norms[0]].modules[:1], ())
+    for each in channels.counted:
+        missing = [channel for channel in each.channels if channel is not None and id(channel) in gone]
+        if missing:
+            change = Change(each.modules, tuple(_sizes(network, each, gone)))
+            found.update({numbers[id(channel)]: change for channel in missing})
+    return found
+
+
+def _sizes(network: _Network, counted: Counted, gone: set[int]) -> Iterator[tuple[str, int, int]]:
+    """What has another size now: the heads, the heads of keys, the tensors of the module, the width of all heads."""
+    distinct = {id(channel): channel for channel in counted.channels}
+    heads = len(counted.channels), sum(id(channel) not in gone for channel in counted.channels)
+    shared = len(distinct), sum(key not in gone for key in distinct)
+    yield "count", *heads
+    yield "count of keys", *shared
+    widths: dict[int, None] = {}
+    for path in counted.modules:
+        for name, axes in network.live.items():
+            if name.startswith(qualified(path, "")) or not path:
+                for axis, live in enumerate(axes):
+                    before, after = len(live), int(live.sum())
+                    if after < before:
+                        yield f"{name.removeprefix(path)}[{axis}]", before, after
+                        if before % heads[0] == 0 and after * heads[0] == before * heads[1]:
+                            widths[before // heads[0]] = None
+        if widths:
+            break
+    for width in widths:
+        yield "keys", shared[0] * width, shared[1] * width
 
 
 class _Network:

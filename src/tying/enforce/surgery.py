@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
+from tying.enforce.adapt import attributes_of, restore_attributes_
 from tying.enforce.convolutions import rebuild_convolutions
 from tying.errors import CompactError, PlanError
 from tying.nn import FlatConv, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
@@ -220,9 +221,10 @@ def describe(model: nn.Module) -> Description:
     ways = ways_of(model)
     for name, module in model.named_modules():
         tensors = {leaf: None if held is None else list(held.shape) for leaf, held in _own(module).items()}
-        if tensors:
+        adapted = {"attributes": attributes} if (attributes := attributes_of(module)) else {}
+        if tensors or adapted:
             way = {"way": ways[name]} if name in ways else {}
-            result[name] = {"type": type(module).__name__, **sizes_of(module), **way, "tensors": tensors}
+            result[name] = {"type": type(module).__name__, **sizes_of(module), **way, **adapted, "tensors": tensors}
         elif isinstance(module, FlatConv):
             result[name] = {"type": type(module).__name__, "wiring": module.wiring.to_text(), "tensors": {}}
     return result
@@ -243,6 +245,7 @@ def rebuild(model: nn.Module, description: Description) -> nn.Module:
         CompactError: If a layer that has to change has a parametrization or hooks.
     """
     result = rebuild_convolutions(copy.deepcopy(model), description)
+    _restore_attributes_(result, description)
     tied = _newly_tied(result, description)
     shapes: dict[str, list[int]] = {}
     for name, entry in description.items():
@@ -262,6 +265,21 @@ def rebuild(model: nn.Module, description: Description) -> nn.Module:
         if rebuilt.get(name) != entry:
             raise _unlike(name, entry, rebuilt.get(name))
     return result
+
+
+def _restore_attributes_(model: nn.Module, description: Description) -> None:
+    """Set the attributes that changed with what was cut, as the number of heads.
+
+    Raises:
+        PlanError: If a module has no such attribute.
+    """
+    modules = dict(model.named_modules())
+    for name, entry in description.items():
+        if "attributes" in entry:
+            try:
+                restore_attributes_(modules[name], entry["attributes"])
+            except (KeyError, ValueError) as error:
+                raise _unlike(name, entry, None) from error
 
 
 def _newly_tied(model: nn.Module, description: Description) -> dict[str, list[int]]:
