@@ -102,11 +102,15 @@ def _geometry(path: str, module: nn.Module, ties: Mapping[str, Tie], plan: TiePl
         CompactError: If they don't.
     """
     weight, bias = ties.get("weight"), ties.get("bias")
-    if weight is None or (bias is None) != (cast("Tensor | None", module.bias) is None):
-        lacking = qualified(path, "weight" if weight is None else "bias")
+    if weight is None:
         raise CompactError(
-            f"{lacking}: expected ties of weight and bias together, got none of it; tie both as "
-            "tying.find.convolution.hardwired does, or leave the layer out of the plan"
+            f"{bias}: expected a tie of the weight beside it, which makes a convolution, or groups of inputs or "
+            f"outputs, got {next(iter(ties.values())).members[0].groups}; enforce it with tie_ instead"
+        )
+    if (bias is None) != (cast("Tensor | None", module.bias) is None):
+        raise CompactError(
+            f"{qualified(path, 'bias')}: expected ties of weight and bias together, got none of it; tie both as "
+            "tying.find.convolution.hardwired does, or enforce the plan with tie_ instead"
         )
     if isinstance(module, LOCAL):
         for tie in filter(None, (weight, bias)):

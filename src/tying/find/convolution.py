@@ -155,7 +155,7 @@ def how_close(layer: Local, plan: TiePlan | None = None, *, name: str = "") -> C
 
     Example:
         >>> layer = LocallyConnected2d.from_conv(nn.Conv2d(1, 2, 3), 6)
-        >>> how_close(layer).explained
+        >>> round(how_close(layer).explained, 9)
         1.0
     """
     weight = layer.weight.detach().double().flatten(1)
