@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ ACTIVATIONS = (f.relu, f.gelu, f.silu, torch.tanh, f.hardswish, f.leaky_relu, to
 class Drawn(nn.Module):
     """A program of steps; each reads values by number and appends one."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, steps: Sequence[Callable[[Drawn, int], int]] | None = None) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.draw = random.Random(seed)
@@ -29,7 +29,7 @@ class Drawn(nn.Module):
         self.shape = tuple(self.values[0].shape)
         self.eval()
         for _ in range(self.draw.randint(3, 7)):
-            self.draw.choice(MAPS)(self, self.draw.randrange(max(0, len(self.values) - 3), len(self.values)))
+            self.draw.choice(steps or MAPS)(self, self.draw.randrange(max(0, len(self.values) - 3), len(self.values)))
         head(self, len(self.values) - 1)
         del self.values
 
@@ -216,7 +216,7 @@ MAPS = (
 )
 
 
-def fuzzed(seed: int) -> tuple[nn.Module, Tensor]:
-    """Return a network and inputs for it, float64."""
-    model = Drawn(seed)
+def fuzzed(seed: int, steps: Sequence[Callable[[Drawn, int], int]] | None = None) -> tuple[nn.Module, Tensor]:
+    """Return a network, of these steps if given, and inputs for it, float64."""
+    model = Drawn(seed, steps)
     return randomised(model), torch.randn(model.shape, dtype=torch.float64)
