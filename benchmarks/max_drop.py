@@ -18,6 +18,7 @@ import torch
 import tying
 from benchmarks.data import CACHE
 from benchmarks.record import record
+from tying.compress import load_task
 
 MAX_DROP = 0.003
 TASKS = {"digits": None, "mnist": Path(__file__).parent / "mnist_task.py"}
@@ -27,7 +28,7 @@ def run(task: str, seed: int, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     begun = time.perf_counter()
     result = tying.compress(
-        tying.load_task(TASKS[task]),
+        load_task(TASKS[task]),
         max_drop=MAX_DROP,
         seed=seed,
         out=folder / f"{task}-{seed}",

@@ -29,7 +29,7 @@ from tying.errors import FileError
 from tying.inspect import inspect
 from tying.nn import TiedLinear
 
-COMMANDS = ("compress", "inspect", "measure", "report")
+COMMANDS = ("compress", "explain", "inspect", "measure", "report")
 
 TASK = '''
 """Which of three corners a point in 12 dimensions is near to; half of the dimensions say nothing."""
@@ -126,6 +126,8 @@ def test_the_installed_command_answers() -> None:
         (("compress", "--what"), "--what"),
         (("inspect",), "FILE"),
         (("report",), "RESULT"),
+        (("explain",), "MODEL"),
+        (("explain", "corners.py", "--shifts", "-1"), "'--shifts'"),
         (("measure",), "FILE"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -152,6 +154,11 @@ def test_usage_errors_end_with_2(arguments: tuple[str, ...], said: str) -> None:
         (("measure", "none.safetensors"), "none.safetensors: expected"),
         (("measure", "w.safetensors"), "w.safetensors: expected a file that tying.save wrote"),
         (("measure", "w.safetensors", "--task", "none.py"), "none.py: expected"),
+        (("explain", "none.py"), "none.py: expected a Python file"),
+        (("explain", "empty.py"), "model() -> nn.Module"),
+        (("explain", "wrong.py"), "SyntaxError"),
+        (("explain", "corners.py", "--out", "picture.jpg"), "path: expected a name that ends with .png"),
+        (("explain", "corners.py", "--out", "none/picture.png"), "path: expected a place"),
         (("report", "none"), "none: expected the result.json"),
         (("report", "."), "result.json: expected"),
         (("report", "file"), "file: result: expected JSON"),
@@ -331,3 +338,32 @@ def test_ctrl_c_says_how_to_go_on(task: Path, tmp_path: Path) -> None:
     assert "kept in made; to go on, run again: tying compress" in err
     assert "--epochs 100000" in err
     assert not out
+
+
+LENET = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+
+def example_inputs():
+    print("the file talks")
+    return torch.rand(5, 1, 8, 8)
+"""
+
+
+@pytest.mark.parametrize("flag", [(), ("--json",)])
+def test_explain_says_what_sharing_saves_and_draws(flag: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "lenet.py").write_text(LENET, encoding="utf-8")
+    picture = tmp_path / "fields.png"
+    result = run("explain", tmp_path / "lenet.py", "--out", picture, *flag)
+    assert result.exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    if flag:
+        read = json.loads(result.stdout)
+        assert read["totals"]["shared"]["values"] == 4 * 9 + 4
+        assert read["files"] == {"picture": str(picture)}
+    else:
+        assert "6×6 positions" in result.stdout
+        assert result.stdout.endswith(f"picture: {picture}\n")

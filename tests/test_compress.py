@@ -23,9 +23,9 @@ from torch.optim import SGD, Optimizer
 
 from networks import Net
 from tasks import CLASSES, Corners, Stripes, of
-from tying import compress, discover, load, load_task
+from tying import compress, discover, load
 from tying.channels.find import Channels, find_channels
-from tying.compress import CompressResult
+from tying.compress import CompressResult, load_task
 from tying.compress.randomness import reseed
 from tying.compress.targets import compacted_size, find_targets, silenced
 from tying.enforce import compact, plan_compaction

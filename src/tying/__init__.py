@@ -1,12 +1,13 @@
 """Parameter tying and parameter sharing for PyTorch: smaller, faster and joint networks."""
 
 from tying.channels.joined import joined_groups
-from tying.compress import compress, load_task
+from tying.compress import compress
 from tying.enforce.check import check, retie_
 from tying.enforce.compact import compact
 from tying.enforce.tie import tie_, untie_
 from tying.enforce.unique import unique_parameters
 from tying.errors import TyingError, TyingWarning
+from tying.explain import explain
 from tying.find.declare import declare
 from tying.find.discover import discover
 from tying.find.match import match
@@ -39,10 +40,10 @@ __all__ = [
     "compress",
     "declare",
     "discover",
+    "explain",
     "inspect",
     "joined_groups",
     "load",
-    "load_task",
     "match",
     "measure",
     "proximal",

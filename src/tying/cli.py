@@ -55,6 +55,7 @@ def about(
         tying inspect model.safetensors      what is in it already?
         tying inspect a.pt b.pt              what do two share?
         tying compress task.py --ratio 24    train it 24 times smaller
+        tying explain task.py                what does the sharing in it save, and who sees whom?
         tying report tying-out               the page with the pictures, again
 
     `tying COMMAND --help` says more about each.
@@ -136,7 +137,7 @@ def compress(
         max_drop = 0.003
     with _ending_cleanly(resume=out), _only_json(as_json):
         from tying import compress as run
-        from tying import load_task
+        from tying.compress import load_task
 
         result = run(
             load_task(task),
@@ -224,8 +225,9 @@ def measure(
         tying measure small-24/small.safetensors --task task.py --json
     """
     with _ending_cleanly(), _only_json(as_json):
-        from tying import load, load_task
+        from tying import load
         from tying import measure as take
+        from tying.compress import load_task
 
         judge = load_task(task)
         dense = judge.model()
@@ -266,6 +268,52 @@ def report(
         _print_json({"page": str(page)})
     else:
         typer.echo(f"page: {page}")
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        Path,
+        typer.Argument(help="A Python file with model() and example_inputs(), as a task has them.", metavar="MODEL"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to draw who sees whom: a name that ends with .png, .svg or .pdf. Without it: no picture.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    shifts: Annotated[
+        int, typer.Option(help="Measure equivariance for shifts of the input by 1 to this; 0: not.", metavar="N", min=0)
+    ] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the sharing inside a network saves.
+
+    Each layer that shares beside the locally connected and the dense layer of the same map: values, operations, bytes.
+
+    Who sees whom: the receptive field of a unit, and the units that an input reaches. And how far each layer's output
+    moves along when the input is shifted: strides, pooling and padding break it.
+
+    [bold]Examples[/bold]
+
+        tying explain task.py
+        tying explain lenet.py --out fields.png
+        tying explain lenet.py --shifts 8 --json
+    """
+    with _ending_cleanly(), _only_json(as_json):
+        from tying import explain as say
+        from tying.explain import load_example
+
+        explanation = say(*load_example(model), shifts=shifts)
+        drawn = None if out is None else explanation.draw(out)
+    if as_json:
+        _print_json({**json.loads(explanation.to_json()), "files": {} if drawn is None else {"picture": str(drawn)}})
+    else:
+        typer.echo(str(explanation))
+        if drawn is not None:
+            typer.echo(f"\npicture: {drawn}")
 
 
 def _draw(data: Any, path: Path) -> Path | None:

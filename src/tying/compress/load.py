@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 from tying.compress.digits import Digits
 from tying.compress.task import FROM_FILE, Task, check_task
-from tying.errors import TaskError
+from tying.scripts import run_file
 
 
 def load_task(path: str | Path | None = None) -> Task:
@@ -28,18 +26,5 @@ def load_task(path: str | Path | None = None) -> Task:
     """
     if path is None:
         return Digits()
-    file = Path(path)
-    if not file.is_file():
-        raise TaskError(f"{file}: expected a Python file with a task, got none there; give the path of one")
-    spec = importlib.util.spec_from_file_location(FROM_FILE + file.stem, file)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"{file}: expected a Python file, got something that can't be imported; name it *.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    if (folder := str(file.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise TaskError(f"{file}: expected a task, got {error!r} when running the file; mend the file") from error
-    return check_task(getattr(module, "task", module), str(file))
+    module = run_file(path, prefix=FROM_FILE, wanted="a task")
+    return check_task(getattr(module, "task", module), str(Path(path)))

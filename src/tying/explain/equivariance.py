@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from math import ceil, floor
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, fx, nn
 from tying.explain.dependence import Dependence
 from tying.explain.layers import watching
 from tying.explain.planes import is_pool, is_spatial, places
-from tying.explain.scales import Scale, find_scales
+from tying.explain.scales import Grid, Scale, find_scales
 
 
 @dataclass(frozen=True)
 class Shift:
-    """One shift of the input along each spatial dimension in turn, zeros moving in; the worst of the dimensions.
+    """One shift of the input along each spatial dimension in turn, to and fro, zeros moving in; the worst of them.
 
     Differences are relative to the largest output. A unit is in the interior if nothing that it sees is padding.
     """
@@ -44,8 +45,8 @@ class Equivariance:
     """Of the layer, by dimension; below 1 where it has more places than its input."""
     alone: tuple[Shift, ...]
     """The layer's own input is shifted."""
-    total_stride: tuple[float, ...]
-    """From the input of the network on."""
+    period: tuple[int, ...]
+    """By how many places the input of the network has to move for all layers so far to move by whole strides."""
     through: tuple[Shift, ...]
     """The input of the network is shifted."""
     broken_by: tuple[str, ...]
@@ -90,7 +91,9 @@ def measure_equivariance(
     for name, (module, start, end) in layers.items():
         if name not in seen or start not in scales or end not in scales:
             continue
-        stride: Scale = tuple(after / before for before, after in zip(scales[start], scales[end], strict=True))
+        stride: Scale = tuple(
+            after / before for before, after in zip(scales[start].scale, scales[end].scale, strict=True)
+        )
         alone, padded = _alone(module, dependence, seen[name], shifts, (start, end), stride)
         found.append(
             Equivariance(
@@ -98,7 +101,7 @@ def measure_equivariance(
                 kind=type(module).__name__,
                 stride=tuple(map(float, stride)),
                 alone=alone,
-                total_stride=tuple(map(float, scales[end])),
+                period=scales[end].period,
                 through=through.get(name, ()),
                 broken_by=_broken_by(module, alone, stride, padded, tolerance(x.dtype)),
             )
@@ -112,16 +115,15 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def shifted(x: Tensor, by: int, axis: int) -> Tensor:
-    """Return a tensor moved towards the end of an axis, with zeros moving in.
+    """Return a tensor moved towards the end of an axis (towards its beginning if `by` < 0), with zeros moving in.
 
     Example:
-        >>> shifted(torch.tensor([1, 2, 3]), 1, 0).tolist()
-        [0, 1, 2]
+        >>> shifted(torch.tensor([1, 2, 3]), 1, 0).tolist(), shifted(torch.tensor([1, 2, 3]), -1, 0).tolist()
+        ([0, 1, 2], [2, 3, 0])
     """
     moved = torch.zeros_like(x)
-    if by < x.shape[axis]:
-        length = x.shape[axis] - by
-        moved.narrow(axis, by, length).copy_(x.narrow(axis, 0, length))
+    length = max(x.shape[axis] - abs(by), 0)
+    moved.narrow(axis, max(by, 0), length).copy_(x.narrow(axis, max(-by, 0), length))
     return moved
 
 
@@ -165,12 +167,13 @@ def _alone(
     first = _Run(output, _padded(dependence, start, end, given, None))
     measured: list[Shift] = []
     for by in range(1, shifts + 1):
-        parts: list[Shift] = []
-        for place, axis in enumerate(places(module, output.ndim)):
+        parts: list[_Part] = []
+        for (place, axis), to in product(enumerate(places(module, output.ndim)), (by, -by)):
             with torch.no_grad():
-                moved = module(shifted(given, by, axis))
-            second = _Run(moved, _padded(dependence, start, end, given, (by, axis)))
-            parts.append(_compare(first, second, axis, by, by / stride[place]))
+                moved = module(shifted(given, to, axis))
+            second = _Run(moved, _padded(dependence, start, end, given, (to, axis)))
+            distance = to / stride[place]
+            parts.append(_compare(first, second, axis, distance, distance.denominator == 1))
         measured.append(_worst(by, parts))
     return tuple(measured), bool(first.padded.any())
 
@@ -181,34 +184,35 @@ def _through(
     inputs: tuple[Tensor, ...],
     shifts: int,
     layers: Mapping[str, fx.Node],
-    scales: Mapping[fx.Node, Scale],
+    scales: Mapping[fx.Node, Grid],
 ) -> dict[str, tuple[Shift, ...]]:
     """Shift the input of the network: what every layer has of it, in one pass for each shift and dimension."""
     x, *others = inputs
-    dimensions = len(scales[dependence.source])
+    dimensions = len(scales[dependence.source].scale)
     zeros = torch.zeros(x.shape)
     before = dependence.forward({dependence.source: zeros}, edges=True)
     plain = {name: made for name, (_, made) in _outputs(model, inputs).items()}
-    parts: dict[str, dict[int, list[Shift]]] = {}
+    parts: dict[str, dict[int, list[_Part]]] = {}
     for by in range(1, shifts + 1):
-        for place in range(dimensions):
+        for place, to in product(range(dimensions), (by, -by)):
             axis = x.ndim - dimensions + place
-            after = dependence.forward({dependence.source: _entered(x, by, axis)}, edges=True)
-            moved = _outputs(model, (shifted(x, by, axis), *others))
+            after = dependence.forward({dependence.source: _entered(x, to, axis)}, edges=True)
+            moved = _outputs(model, (shifted(x, to, axis), *others))
             for name, node in layers.items():
                 if node not in scales or name not in plain or plain[name].ndim != x.ndim:
                     continue
                 first, second = (_Run(o, _mark(m[node])) for o, m in ((plain[name], before), (moved[name][1], after)))
-                parts.setdefault(name, {}).setdefault(by, []).append(
-                    _compare(first, second, axis, by, by / scales[node][place])
-                )
+                grid = scales[node]
+                part = _compare(first, second, axis, to / grid.scale[place], to % grid.period[place] == 0)
+                parts.setdefault(name, {}).setdefault(by, []).append(part)
     return {name: tuple(_worst(by, each) for by, each in found.items()) for name, found in parts.items()}
 
 
 def _entered(x: Tensor, by: int, axis: int) -> Tensor:
     """Mark what moved in."""
     marks = torch.zeros(x.shape)
-    marks.narrow(axis, 0, min(by, x.shape[axis])).fill_(1)
+    length = min(abs(by), x.shape[axis])
+    marks.narrow(axis, 0 if by > 0 else x.shape[axis] - length, length).fill_(1)
     return marks
 
 
@@ -224,25 +228,35 @@ def _mark(mark: Tensor | list[Tensor]) -> Tensor:
     return (mark if isinstance(mark, Tensor) else mark[0]) > 0
 
 
-def _compare(first: _Run, second: _Run, axis: int, by: int, distance: Fraction) -> Shift:
+@dataclass(frozen=True)
+class _Part:
+    """One direction of a shift: as `Shift`."""
+
+    whole: bool
+    interior: float | None
+    border: float | None
+    inside: float
+
+
+def _compare(first: _Run, second: _Run, axis: int, distance: Fraction, whole: bool) -> _Part:
     """Compare the first output, shifted by the distance or the whole numbers around it, with the second."""
-    whole = distance.denominator == 1
-    tried = [_at(first, second, axis, by, whole, step) for step in sorted({floor(distance), ceil(distance)})]
-    return min(tried, key=lambda shift: (shift.interior is None, shift.interior or 0.0, shift.border or 0.0))
+    tried = [_at(first, second, axis, step, whole) for step in sorted({floor(distance), ceil(distance)})]
+    return min(tried, key=lambda part: (part.interior is None, part.interior or 0.0, part.border or 0.0))
 
 
-def _at(first: _Run, second: _Run, axis: int, by: int, whole: bool, step: int) -> Shift:
-    length = first.output.shape[axis] - step
+def _at(first: _Run, second: _Run, axis: int, step: int, whole: bool) -> _Part:
+    length = first.output.shape[axis] - abs(step)
     if length < 1:
-        return Shift(by, whole, None, None, 0.0)
-    apart = (second.output.narrow(axis, step, length) - first.output.narrow(axis, 0, length)).abs().double()
-    edge = (second.padded.narrow(axis, step, length) | first.padded.narrow(axis, 0, length)).to(apart.device)
+        return _Part(whole, None, None, 0.0)
+    to, of = max(step, 0), max(-step, 0)
+    apart = (second.output.narrow(axis, to, length) - first.output.narrow(axis, of, length)).abs().double()
+    edge = (second.padded.narrow(axis, to, length) | first.padded.narrow(axis, of, length)).to(apart.device)
     largest = float(first.output.abs().max()) or 1.0
     interior, border = (float(apart[part].max()) / largest if bool(part.any()) else None for part in (~edge, edge))
-    return Shift(by, whole, interior, border, 1 - float(edge.double().mean()))
+    return _Part(whole, interior, border, 1 - float(edge.double().mean()))
 
 
-def _worst(by: int, parts: Sequence[Shift]) -> Shift:
+def _worst(by: int, parts: Sequence[_Part]) -> Shift:
     """Put the dimensions together."""
     interior = [part.interior for part in parts if part.interior is not None]
     border = [part.border for part in parts if part.border is not None]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from math import lcm
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, fx, nn
@@ -17,8 +19,19 @@ Scale: TypeAlias = "tuple[Fraction, ...]"
 """By spatial dimension."""
 
 
-def find_scales(model: nn.Module, dependence: Dependence, dimensions: int) -> Mapping[fx.Node, Scale]:
-    """Return how many places of the input lie between two neighbouring places, by node; none for what has no places.
+@dataclass(frozen=True)
+class Grid:
+    """Where the units of a layer stand on the input of the network, by spatial dimension."""
+
+    scale: Scale
+    """How many places of the input lie between two neighbouring units."""
+    period: tuple[int, ...]
+    """By how many places the input has to move for all layers on the way to move by whole strides: what was thinned
+    out once, only to be blown up again later, does not come back."""
+
+
+def find_scales(model: nn.Module, dependence: Dependence, dimensions: int) -> Mapping[fx.Node, Grid]:
+    """Return where the units of every value stand on the input, by node; none for what has no places.
 
     Args:
         model: The model.
@@ -29,21 +42,24 @@ def find_scales(model: nn.Module, dependence: Dependence, dimensions: int) -> Ma
         >>> import torch
         >>> from tying.explain.dependence import find_dependence
         >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, stride=2), nn.MaxPool1d(3))
-        >>> [scale for (scale,) in find_scales(model, find_dependence(model, torch.zeros(1, 1, 20)), 1).values()]
-        [Fraction(1, 1), Fraction(2, 1), Fraction(6, 1)]
+        >>> [grid.period for grid in find_scales(model, find_dependence(model, torch.zeros(1, 1, 20)), 1).values()]
+        [(1,), (2,), (6,)]
     """
     local = _ends_of_local_layers(model, dependence)
-    scales: dict[fx.Node, Scale] = {dependence.source: (Fraction(1),) * dimensions}
+    grids: dict[fx.Node, Grid] = {dependence.source: Grid((Fraction(1),) * dimensions, (1,) * dimensions)}
     for step in dependence.steps:
         if step.node in local:
             first, steps = local[step.node]
-            before = scales.get(first)
         else:
-            first = step.operands[0]
-            before, steps = scales.get(first), _steps(step, dependence, dimensions)
-        if before is not None and steps is not None:
-            scales[step.node] = tuple(a * b for a, b in zip(before, steps, strict=True))
-    return scales
+            first, steps = step.operands[0], _steps(step, dependence, dimensions)
+        before = grids.get(first)
+        if before is None or steps is None:
+            continue
+        scale = tuple(a * b for a, b in zip(before.scale, steps, strict=True))
+        beside = [grids[node].period for node in step.operands if node in grids]
+        periods = zip(before.period, *beside, (each.numerator for each in scale), strict=True)
+        grids[step.node] = Grid(scale, tuple(lcm(*each) for each in periods))
+    return grids
 
 
 def _steps(step: Step, dependence: Dependence, dimensions: int) -> Scale | None:

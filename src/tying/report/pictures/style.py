@@ -82,6 +82,25 @@ def picture(size: tuple[float, float], alt: str, draw: Callable[[Figure, Theme],
     )
 
 
+def drawn(
+    size: tuple[float, float], format_: str, draw: Callable[[Figure, Theme], None], theme: Theme = LIGHT
+) -> bytes:
+    """Draw on one paper, as a file of its own.
+
+    Args:
+        size: Width and height in inches.
+        format_: As matplotlib names it: "png", "svg", "pdf".
+        draw: As `picture` takes it.
+        theme: The paper.
+    """
+    buffer = io.BytesIO()
+    with rc_context(_settings(theme)):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, theme)
+        figure.savefig(buffer, format=format_, facecolor=theme.paper, dpi=1.5 * PIXELS_PER_INCH)
+    return buffer.getvalue()
+
+
 def _svg(size: tuple[float, float], draw: Callable[[Figure, Theme], None], theme: Theme) -> bytes:
     buffer = io.BytesIO()
     with rc_context(_settings(theme)):

@@ -1,0 +1,125 @@
+"""Explain a network: what its sharing saves, who sees whom, and how far it moves along with its input."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tying.errors import TyingError
+from tying.evaluation import evaluating
+from tying.explain.dependence import find_dependence, first_sample
+from tying.explain.equivariance import Equivariance, measure_equivariance
+from tying.explain.fields import Fields, find_fields, input_places, source_shape
+from tying.explain.layers import Observed, find_layers, not_counted, observe
+from tying.explain.result import Explanation
+
+
+def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, shifts: int = 4) -> Explanation:
+    """Say what the sharing inside a network saves, who sees whom in it, and how far it is equivariant to translation.
+
+    *What sharing saves.* Each layer that uses its values several times (at every position of an image or a sequence,
+    in several calls, under several names, for several inputs) stands beside the same connections not shared, a locally
+    connected layer, and beside the dense layer of the same map: values stored, multiply-adds, operations, bytes, in
+    closed form and for one sample. Source: Goodfellow, Bengio, Courville, *Deep Learning*, 9.2.
+
+    *Who sees whom*, for the whole network and exactly: from above, which inputs the unit in the middle of a layer
+    depends on; from below, which of its units the input in the middle reaches. Found in the exported graph: what is
+    connected counts, whatever the values; weights that are zero connect nothing.
+
+    *Equivariance*, measured: noise (as bright as the example) is shifted by 1 … `shifts` places, and each spatial
+    layer's output is compared with its shifted output, in the interior and where units see padding.
+
+    Args:
+        model: The network; used in evaluation mode, and left as it is.
+        example_inputs: As `model(*example_inputs)` takes them, the batch first; the first sample is used.
+        shifts: The farthest shift; 0 measures none.
+
+    Returns:
+        The figures: `print` them, `.to_json()` them, `.draw(path)` the picture.
+
+    Raises:
+        TyingError: If the model does not take the inputs. A forward that `torch.export` can't follow is no error: the
+            layers' costs are there, and `untraced` says why the rest is not.
+
+    Example:
+        The edge kernel of two pixels on an image of 320 × 280:
+
+        >>> edge = nn.Conv2d(1, 1, (1, 2), bias=False)
+        >>> (layer,) = explain(edge, torch.rand(1, 1, 280, 320), shifts=0).layers
+        >>> layer.shared.values, layer.local.values, layer.dense.values
+        (2, 178640, 8003072000)
+        >>> layer.shared.operations, layer.dense.operations
+        (267960, 16006054680)
+    """
+    inputs = _checked(example_inputs, shifts)
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        calls = _observe(model, inputs)
+        layers, uncounted = find_layers(model, calls), not_counted(model, calls)
+        fields: Fields | None = None
+        equivariance: tuple[Equivariance, ...] = ()
+        untraced, image = None, None
+        try:
+            dependence = find_dependence(model, inputs)
+        except TyingError as error:
+            untraced = str(error)
+        else:
+            if dependence.steps:
+                fields = find_fields(model, dependence)
+                image = _image(inputs[0], len(input_places(model, dependence)), source_shape(dependence))
+            if shifts and dependence.steps and inputs[0].is_floating_point():
+                noise = (_noise_like(inputs[0]), *inputs[1:])
+                equivariance = measure_equivariance(model, dependence, noise, shifts)
+    return Explanation(
+        model=type(model).__name__,
+        inputs=tuple(inputs[0].shape[1:]),
+        layers=layers,
+        fields=fields,
+        equivariance=equivariance,
+        uncounted=uncounted,
+        untraced=untraced,
+        image=image,
+    )
+
+
+def _checked(example_inputs: Tensor | tuple[Tensor, ...], shifts: int) -> tuple[Tensor, ...]:
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs) or not inputs[0].ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TyingError(
+            "example_inputs: expected a tensor or a tuple of tensors, the batch first, got "
+            f"{type(example_inputs).__name__}; pass a batch as the model takes it"
+        )
+    if shifts < 0:
+        raise TyingError(f"shifts: expected a number ≥ 0, got {shifts}; 0 measures no shift")
+    return tuple(first_sample(x) for x in inputs)
+
+
+def _observe(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Observed]]:
+    try:
+        return observe(model, inputs)
+    except TyingError:
+        raise
+    except Exception as error:
+        raise TyingError(
+            f"example_inputs: expected inputs that the model takes, got {type(error).__name__}: {error} for shapes "
+            f"{[tuple(x.shape) for x in inputs]}; pass a batch as the model takes it"
+        ) from error
+
+
+def _noise_like(x: Tensor) -> Tensor:
+    """Noise with the mean and the spread of the example: nothing in it is equal by chance, as black borders are."""
+    generator = torch.Generator().manual_seed(0)
+    spread = float(x.double().std()) if x.numel() > 1 else 0.0
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return (float(x.double().mean()) + (spread or 1.0) * noise).to(x.device, x.dtype)
+
+
+def _image(x: Tensor, dimensions: int, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """The example as a grey picture, its channels averaged; None where it is none."""
+    if dimensions != 2 or len(shape) < 3 or not x.is_floating_point():
+        return None
+    grey = x.detach().cpu().double().reshape(-1, *shape[-2:]).mean(0)
+    return cast("NDArray[np.float64]", grey.numpy())
