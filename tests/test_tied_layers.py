@@ -210,6 +210,23 @@ def test_the_laws_fail_for_a_way_that_gives_the_inputs_that_are_not_read_the_fir
         law_gradients_add_up(broken, twin, x, labels)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("padding", ["same", 0])
+def test_a_large_batch_is_computed_in_parts(way, padding, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("tying.nn.parts.PART", 1000)
+    layer = nn.Conv2d(8, 5, 3, padding=padding).double()
+    tied, twin = tie(layer, LABELS["ties and zeros"]), dense(layer, LABELS["ties and zeros"])
+    tied.way = way
+    sizes = []
+    convolve = tied._convolve
+    tied._convolve = lambda x: (sizes.append(len(x)), convolve(x))[1]
+    with torch.no_grad():
+        for batch in (0, 1, 2, 7):
+            law_same_outputs(tied, twin, torch.randn(batch, 8, 7, 6, dtype=torch.float64))
+    assert sizes == [0, *[1] * 10]
+
+
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 def test_a_tied_layer_survives_copying_saving_and_loading_into_other_labels(make, shape):
     layer = tie(make(), LABELS["ties and zeros"])

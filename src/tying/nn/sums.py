@@ -53,6 +53,17 @@ def select(x: Tensor, dim: int, kept: Tensor) -> Tensor:
     return x.index_select(dim, kept)
 
 
+def runs_at_once(x: Tensor) -> bool:
+    """Whether a plain tensor on a CPU is computed with here and now: nothing derives, compiles, traces or maps it."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    )
+
+
 def _side_by_side(x: Tensor, dim: int) -> bool:
     """Whether the axis is the one whose neighbours are neighbours in memory, and the rows are many."""
     return (
@@ -71,17 +82,8 @@ def _gathered(x: Tensor, dim: int, kept: Tensor) -> Tensor:
 
 
 def _in_slices(x: Tensor, dim: int) -> bool:
-    """Whether `embedding_bag` may sum here: it has no forward derivative, no batching rule, and a slow gradient."""
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-        and x.is_contiguous()
-        and x.numel() > 0
-        and x.stride(dim) >= SMALLEST_SLICE
-    )
+    """Whether whole slices can be summed: `embedding_bag` has no forward derivative and a slow gradient."""
+    return runs_at_once(x) and x.is_contiguous() and x.numel() > 0 and x.stride(dim) >= SMALLEST_SLICE
 
 
 def _sums_of_slices(x: Tensor, dim: int, kept: Tensor, targets: Tensor, classes: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from tying.errors import PlanError
 from tying.groups import Groups
-from tying.nn.sums import select, sum_by_label
+from tying.nn.parts import in_parts
+from tying.nn.sums import runs_at_once, select, sum_by_label
 from tying.plan import Partition
 
 Way: TypeAlias = Literal["sum", "select", "dense"]
@@ -91,10 +92,8 @@ class _TiedInputs(nn.Module):
             RuntimeError: If `x` has not G inputs along `dim`, as a plain layer does.
         """
         self._check_inputs(x, dim)
-        if self.classes == x.shape[dim]:
-            return x
         if self.classes == self._kept.shape[0]:
-            return select(x, dim, self._kept)
+            return x if self.classes == x.shape[dim] else select(x, dim, self._kept)
         return sum_by_label(x, dim, self._kept, self._targets, self.classes)
 
     def _operands(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -105,8 +104,8 @@ class _TiedInputs(nn.Module):
         columns = self.weight.index_select(1, self._targets)
         if self.way == "select" and len(self._kept) < x.shape[dim]:
             return select(x, dim, self._kept), columns
-        shape = (columns.shape[0], x.shape[dim], *columns.shape[2:])
-        return x, columns.new_zeros(shape).index_copy(1, self._kept, columns)
+        zeros = columns.new_zeros((columns.shape[0], x.shape[dim], *columns.shape[2:]))
+        return x, zeros.index_copy(1, self._kept, columns)
 
     def _check_inputs(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.labels.shape[0]:
@@ -121,8 +120,8 @@ class _TiedInputs(nn.Module):
         return Groups.inputs().write(full, (self.weight.shape[0], len(self.labels), *self.weight.shape[2:]))
 
     def _tied_repr(self) -> str:
-        way = "" if self.way == "sum" else f", way={self.way}"
-        return f"read={len(self._kept)}, classes={self.classes}, bias={self.bias is not None}{way}"
+        kind = "" if self.way == "sum" else f", way={self.way}"
+        return f"read={len(self._kept)}, classes={self.classes}, bias={self.bias is not None}{kind}"
 
 
 class TiedLinear(_TiedInputs):
@@ -179,8 +178,8 @@ class TiedLinear(_TiedInputs):
     def to_linear(self) -> nn.Linear:
         """Return the dense layer with the same outputs."""
         weight = self.weight
-        has_bias = self.bias is not None
-        linear = nn.Linear(self.in_features, self.out_features, has_bias, device=weight.device, dtype=weight.dtype)
+        sizes = (self.in_features, self.out_features, self.bias is not None)
+        linear = nn.Linear(*sizes, device=weight.device, dtype=weight.dtype)
         return _fill(linear, self._dense_weight(), self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,6 +270,12 @@ class _TiedConv(_TiedInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, G, …)` or `(G, …)` to `(N, out_channels, …)` or `(out_channels, …)`."""
+        if x.dim() == self.dimensions + 2 and x.is_contiguous() and runs_at_once(x):
+            makes = self.out_channels * x[:, 0].numel() // math.prod(self.stride)
+            return in_parts(self._convolve, x, makes * x.element_size())
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
         read, weight = self._operands(x, x.dim() - 1 - self.dimensions)
         convolve = cast("Any", (functional.conv1d, functional.conv2d, functional.conv3d)[self.dimensions - 1])
         return convolve(read, weight, self.bias, self.stride, self.padding, self.dilation)
