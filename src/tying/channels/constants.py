@@ -206,12 +206,19 @@ def _varying(call: Call) -> list[Tensor]:
     """Return which elements of the outputs may vary; broadcasts to their shapes."""
     facts = _facts(list(call.arguments.values()))
     everything = [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
-    if call.random and (call.name not in operations.IDENTITIES or call["train"] or call["training"]):
+    if call.random and _draws(call):
         return everything
     if not any(bool(fact.varies.any()) for fact in facts):
         return [~mask for mask in everything]
     mask = _mask_for(call)
     return everything if mask is None else [m > 0 for m in mask(call, facts)]
+
+
+def _draws(call: Call) -> bool:
+    """Whether an operation that can draw random numbers does so."""
+    if call.name == "scaled_dot_product_attention":
+        return bool(call["dropout_p"])
+    return bool(call.name not in operations.IDENTITIES or call["train"] or call["training"])
 
 
 def _mask_for(call: Call) -> Mask | None:
