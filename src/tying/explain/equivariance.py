@@ -122,8 +122,9 @@ def shifted(x: Tensor, by: int, axis: int) -> Tensor:
         ([0, 1, 2], [2, 3, 0])
     """
     moved = torch.zeros_like(x)
-    length = max(x.shape[axis] - abs(by), 0)
-    moved.narrow(axis, max(by, 0), length).copy_(x.narrow(axis, max(-by, 0), length))
+    length = x.shape[axis] - abs(by)
+    if length > 0:
+        moved.narrow(axis, max(by, 0), length).copy_(x.narrow(axis, max(-by, 0), length))
     return moved
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tying.explain import costs
 from tying.explain.costs import Cost, Costs, TiedInputs
-from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
+from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 from tying.windows import Windows
 
 Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -94,8 +94,9 @@ def find_layers(model: nn.Module, calls: Mapping[str, list[Observed]]) -> tuple[
 
 def not_counted(model: nn.Module, calls: Mapping[str, list[Observed]]) -> tuple[str, ...]:
     """Return the parameters of two dimensions or more that belong to no module whose cost is known."""
+    counted = (*SHARING, LocallyConnected1d, LocallyConnected2d)  # the latter share nothing
     known = {
-        id(p) for name, m in model.named_modules() if isinstance(m, SHARING) and name in calls for p in m.parameters()
+        id(p) for name, m in model.named_modules() if isinstance(m, counted) and name in calls for p in m.parameters()
     }
     return tuple(name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in known)
 
