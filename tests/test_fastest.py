@@ -54,10 +54,15 @@ def test_measuring_changes_nothing_but_the_ways():
     assert torch.equal(torch.get_rng_state(), generator)
     assert [choice.layer for choice in choices] == list(TIED)
     for choice in choices:
-        best = min(choice.seconds.values())
-        assert small.get_submodule(choice.layer).way == choice.way
-        assert choice.seconds[choice.way] == best or (choice.way == "sum" and best >= MARGIN * choice.seconds["sum"])
+        assert small.get_submodule(choice.layer).way == choice.way == best_of(choice.seconds)
         assert str(choice).startswith(f"{choice.layer}: {choice.way} (sum ")
+
+
+def best_of(seconds: dict[str, tuple[float, float]]) -> str:
+    """The oracle: whichever is clearly faster than summing, by both figures."""
+    usual = seconds["sum"]
+    best = min(seconds, key=lambda way: seconds[way][0])
+    return best if seconds[best][0] < MARGIN * usual[0] and seconds[best][1] < MARGIN * usual[1] else "sum"
 
 
 def test_a_measurement_in_training_mode_would_fail_the_law():
