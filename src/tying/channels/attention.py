@@ -70,7 +70,7 @@ def multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor, shape: Seq
             tracer.ledger.spread(labels, [other], f"{call} spreads it over other heads")
     for labels in held[1:]:
         tracer.ledger.unite(held[0], labels)
-    tracer.note_heads(call, held[0])
+    tracer.note_counted(call, held[0], cut=True)
     return held[0].expand(tuple(shape))
 
 

@@ -171,7 +171,7 @@ def channels_of(graph: Graph) -> Channels:
     """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
     tracer = trace(graph)
     ledger = tracer.ledger
-    settled = ledger.settle([each.labels for each in tracer.several])
+    settled = ledger.settle([each.labels for each in tracer.several if each.cut])
     classes = settled.classes
     leaving = {int(c) for labels in tracer.outputs for c in np.unique(classes[labels.reshape(-1).numpy()])}
     makers: dict[int, list[Slice]] = {}

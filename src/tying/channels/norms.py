@@ -30,7 +30,7 @@ def group_norm(tracer: Tracer, call: Call) -> Any:
     tracer.ledger.unite(parts[:, :1], parts)
     result = spread(parts[:, :1].expand(parts.shape).reshape(-1), 1, labels.ndim).expand(labels.shape)
     tracer.attach(result, 1, [call[name] for name in ("weight", "bias")], call)
-    tracer.note_heads(call, parts[:, 0])
+    tracer.note_counted(call, parts[:, 0], cut=False)
     return result
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tying.channels.attention import product, scaled_dot_product_attention
+from tying.channels.einsum import einsum
 from tying.channels.graph import Call
 from tying.channels.labels import Value, Weight, squash, unique, varies
 from tying.channels.norms import channelwise_norm, coupled_norm, group_norm, mean_square
@@ -294,15 +295,31 @@ def pad(tracer: Tracer, call: Call) -> Any:
     return labels
 
 
+def roll(tracer: Tracer, call: Call) -> Any:
+    """Execute the operation; channels along a rolled axis must keep their positions."""
+    value = call["self"]
+    dims = [call["dims"]] if isinstance(call["dims"], int) else list(call["dims"] or ())
+    if not dims or not isinstance(value, Tensor):
+        return tracer.deny(call)
+    for dim in dims:
+        tracer.ledger.require_fixed(value, dim % value.ndim, None, f"{call} moves it round to the other end")
+    return move(tracer, call)
+
+
 def embedding(tracer: Tracer, call: Call) -> Any:
-    """`out[..., d] = weight[index, d]`: makes channels along axis 1 of the weight."""
+    """`out[..., d] = weight[index, d]`, or sums of these: makes channels along axis 1 of the weight."""
     made = call["weight"].along(1) if isinstance(call["weight"], Weight) else None
     vocabulary = call["weight"].along(0) if isinstance(call["weight"], Weight) else None
     if made is None or vocabulary is None:
         return tracer.deny(call)
     tracer.ledger.block(vocabulary, f"{call} looks it up by its index")
     tracer.ledger.mark_made(made)
-    return made.expand(call.shape)
+    scales = call["per_sample_weights"]
+    if isinstance(scales, Tensor):
+        tracer.ledger.spread(scales, [made], f"{call} spreads it over other channels")
+    elif scales is not None:
+        tracer.block(scales, f"{call} scales samples by it")
+    return first_output(tracer, call, made.expand(call.shape))
 
 
 RULES: dict[str, Rule] = {
@@ -313,6 +330,11 @@ RULES: dict[str, Rule] = {
     "pad": pad,
     "constant_pad_nd": pad,
     "embedding": embedding,
+    "embedding_bag": embedding,
+    "_embedding_bag": embedding,
+    "_embedding_bag_forward_only": embedding,
+    "roll": roll,
+    "einsum": einsum,
     **dict.fromkeys(PRODUCTS, matmul),
     **dict.fromkeys(IDENTITIES, identity),
     **dict.fromkeys(MOVES, move),

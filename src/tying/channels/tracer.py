@@ -48,6 +48,8 @@ class Several:
     """The modules in whose forward it stands, from the inside out."""
     labels: Tensor
     """One for each head or group, in their order."""
+    cut: bool
+    """Whether operations that cut at literal positions may cut them: the positions are sizes that may be attributes."""
 
 
 class Tracer:
@@ -118,12 +120,12 @@ class Tracer:
                 self.ledger.unite(line, along)
                 self.ledger.mark_made(along)
 
-    def note_heads(self, call: Call, labels: Tensor) -> None:
+    def note_counted(self, call: Call, labels: Tensor, *, cut: bool) -> None:
         """Note that an operation counts these: one label each."""
         for dim in range(labels.ndim):
             if not varies(labels, dim):
                 labels = labels.narrow(dim, 0, 1)
-        self.several.append(Several(call.modules, labels.reshape(-1)))
+        self.several.append(Several(call.modules, labels.reshape(-1), cut))
 
     def deny(self, call: Call, reason: str | None = None) -> Any:
         """Block all that goes in, and lose sight of it; what comes out belongs to nobody."""

@@ -18,6 +18,7 @@ from tying.channels.graph import export
 from tying.enforce.adapt import set_attributes_
 from tying.enforce.compare import as_double, check_equal, run, same_random_numbers
 from tying.enforce.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
+from tying.enforce.dense import tied_layers, written_out
 from tying.enforce.fastest import choose_fastest_
 from tying.enforce.guard import bonds_of
 from tying.enforce.reduction import Compaction, reduce
@@ -41,7 +42,8 @@ def compact(
     projected model in float64, in evaluation mode, on the example and on random inputs of another batch size.
 
     Args:
-        model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared.
+        model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared. Its tied
+            layers are cut, and tied further: ties over the inputs of their weights are ties of their classes.
         plan: Ties of one member: over `Groups.inputs()` of the weights of `nn.Linear` and `nn.ConvNd`, pruned and
             tied; over `Groups.outputs()` of any parameter, pruned only; and those of
             `tying.find.convolution.hardwired`, which put a convolution in the place of a linear or locally connected
@@ -79,6 +81,7 @@ def compact(
         raise CompactError(f"tolerance: expected a finite number ≥ 0, got {tolerance}; 1e-9 leaves room for rounding")
     inputs = _inputs(example_inputs)
     with same_random_numbers(model):
+        model, plan = _written_out(model, plan)
         reference, layers, compaction, compared = _plan(model, plan, inputs, tolerance)
         if not compared:
             check_equal(reference, _build(_copied(model).double(), layers, compaction).eval(), inputs, tolerance)
@@ -113,7 +116,7 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs) -> 
           0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
     """
     with same_random_numbers(model):
-        return _plan(model, plan, _inputs(example_inputs), 1e-9)[2]
+        return _plan(*_written_out(model, plan), _inputs(example_inputs), 1e-9)[2]
 
 
 def _plan(
@@ -148,6 +151,11 @@ def _plan(
 
     compaction, compared = tried(network, reduced, check)
     return reference, found.layers, compaction, compared
+
+
+def _written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
+    """The model and the plan themselves, unless the model has tied layers: then a copy in which these are dense."""
+    return written_out(_copied(model), plan) if tied_layers(model) else (model, plan)
 
 
 def _by_first_names(plan: TiePlan, model: nn.Module) -> TiePlan:

@@ -6,7 +6,7 @@ which labels the inputs that stay have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tying.channels.constants import Constants
-from tying.channels.find import Channel, Channels, Counted, Slice
+from tying.channels.find import Channel, Channels, Slice
 from tying.enforce.adapt import Change
-from tying.enforce.norms import adapted, zero_or_why
-from tying.enforce.surgery import check_has_tied_twin, holders, names_of, owned
+from tying.enforce.live import READERS, Network, everything_pruned
+from tying.enforce.norms import zero_or_why
+from tying.enforce.sizes import changed_sizes, scale_norms
+from tying.enforce.surgery import check_has_tied_twin
 from tying.errors import CompactError
-from tying.plan import Tie, TiePlan, qualified
-
-_READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from tying.plan import Tie, TiePlan
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def reduce(
     Raises:
         CompactError: If a layer is left without units or inputs, or its inputs are tied and it has no tied twin.
     """
-    network = _Network(reference)
+    network = Network(reference)
     channels = _decided(reference, channels, constants, refused or {})
     folded, reasons = _fold(network, channels, constants)
     removed = _remove_unread(network, channels)
     network.check_something_is_left()
-    attributes = _scale_norms(network, channels)
+    attributes = scale_norms(network, channels)
     gone = {id(channel) for channel in removed}
     labels, unselected = _labels(network, plan, {s.parameter for c in channels for s in c.makers if s.axis == 1})
     stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
@@ -101,7 +101,7 @@ def reduce(
         kept=(*stranded, *unselected),
         tensors=network.changed(plan),
         attributes=attributes,
-        changes=_changes(network, channels, gone),
+        changes=changed_sizes(network, channels, gone),
     )
 
 
@@ -120,159 +120,7 @@ def _decided(model: nn.Module, channels: Channels, constants: Constants, refused
     return Channels(tuple(decided.values()), tuple(counted), channels.norms)
 
 
-def _scale_norms(network: _Network, channels: Channels) -> dict[str, dict[str, Any]]:
-    """Make up for the channels that are missing in RMSNorms. Returns the attributes of their modules."""
-    attributes: dict[str, dict[str, Any]] = {}
-    scaled: set[str] = set()
-    for norm in channels.norms:
-        live = network.live[norm.weight][0]
-        before, after = len(live), int(live.sum())
-        if after == before:
-            continue
-        if norm.weight not in scaled:
-            scaled.add(norm.weight)
-            network.values[norm.weight] *= (before / after) ** 0.5
-        attributes[norm.modules[0]] = adapted(network.model, norm, before, after)
-    return attributes
-
-
-def _changes(network: _Network, channels: Channels, gone: set[int]) -> dict[int, Change]:
-    """The sizes that change where heads, groups or channels of an RMSNorm go, by the number of each such channel."""
-    numbers = {id(channel): number for number, channel in enumerate(channels)}
-    found: dict[int, Change] = {}
-    for number, channel in enumerate(channels):
-        if channel.norms and id(channel) in gone:
-            found[number] = Change(channels.norms[channel.norms[0]].modules[:1], ())
-    for each in channels.counted:
-        missing = [channel for channel in each.channels if channel is not None and id(channel) in gone]
-        if missing:
-            change = Change(each.modules, tuple(_sizes(network, each, gone)))
-            found.update({numbers[id(channel)]: change for channel in missing})
-    return found
-
-
-def _sizes(network: _Network, counted: Counted, gone: set[int]) -> Iterator[tuple[str, int, int]]:
-    """What has another size now: the heads, the heads of keys, the tensors of the module, the width of all heads."""
-    distinct = {id(channel): channel for channel in counted.channels}
-    heads = len(counted.channels), sum(id(channel) not in gone for channel in counted.channels)
-    shared = len(distinct), sum(key not in gone for key in distinct)
-    yield "count", *heads
-    yield "count of keys", *shared
-    widths: dict[int, None] = {}
-    for path in counted.modules:
-        for name, axes in network.live.items():
-            if name.startswith(qualified(path, "")) or not path:
-                for axis, live in enumerate(axes):
-                    before, after = len(live), int(live.sum())
-                    if after < before:
-                        yield f"{name.removeprefix(path)}[{axis}]", before, after
-                        if before % heads[0] == 0 and after * heads[0] == before * heads[1]:
-                            widths[before // heads[0]] = None
-        if widths:
-            break
-    for width in widths:
-        yield "keys", shared[0] * width, shared[1] * width
-
-
-class _Network:
-    """Float64 copies of a network's tensors, and which indices of their axes live."""
-
-    def __init__(self, reference: nn.Module) -> None:
-        self.model = reference
-        self.paths = {id(module): path for path, module in reference.named_modules()}
-        self._names = names_of(reference)
-        self.first = {name: names[0] for names in self._names.values() for name in names}
-        tensors = owned(reference)
-        self.values = {name: tensors[name].detach().double().clone() for name in dict.fromkeys(self.first.values())}
-        self.live = {name: [torch.ones(n, dtype=torch.bool) for n in t.shape] for name, t in self.values.items()}
-        self.written: set[str] = set()
-        self._zero: dict[tuple[str, int], Tensor] = {}
-        self._holders: dict[str, list[nn.Module]] = {}
-
-    def cut(self, name: str) -> Tensor:
-        """The tensor without what has gone."""
-        value = self.values[name]
-        for axis, live in enumerate(self.live[name]):
-            if not bool(live.all()):
-                value = value.index_select(axis, torch.nonzero(live).flatten().to(value.device))
-        return value
-
-    def zero(self, name: str, axis: int) -> Tensor:
-        """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
-        if (name, axis) not in self._zero:
-            value = self.values[name]
-            for other, live in enumerate(self.live[name]):
-                if other != axis and not bool(live.all()):
-                    value = value.index_select(other, torch.nonzero(live).flatten().to(value.device))
-            flat = value.movedim(axis, 0).reshape(value.shape[axis], -1)
-            self._zero[name, axis] = (flat == 0).all(1).cpu()
-        return self._zero[name, axis]
-
-    def unread(self, channel: Channel) -> bool:
-        """Whether every reader has zero weights for the channel."""
-        return all(bool(self.zero(s.parameter, s.axis)[list(s.indices)].all()) for s in channel.readers)
-
-    def remove(self, slices: Iterable[Slice]) -> None:
-        for part in slices:
-            self.live[part.parameter][part.axis][list(part.indices)] = False
-            self._forget(part.parameter)
-
-    def add_to_bias(self, module: nn.Module, amount: Tensor) -> None:
-        """Add to the module's bias; one that is None starts at zero and lives as the outputs of the weight do."""
-        path = self.paths[id(module)]
-        name, weight = (qualified(path, leaf) for leaf in ("bias", "weight"))
-        name = self.first.get(name, name)
-        if name not in self.values:
-            self.values[name] = torch.zeros_like(amount)
-            self.live[name] = [self.live[self.first[weight]][0]]
-        self.values[name] += amount
-        self.written.add(name)
-
-    def stop_reading(self, part: Slice, index: int) -> None:
-        """Set one index of a reader's slice to zero."""
-        self.values[part.parameter].select(part.axis, index).zero_()
-        self.written.add(part.parameter)
-        known = self.zero(part.parameter, part.axis)
-        known[index] = True
-        self._forget(part.parameter)
-        self._zero[part.parameter, part.axis] = known
-
-    def holders(self, name: str) -> list[nn.Module]:
-        """The modules that hold the tensor of this first name as their weight; empty where something else does."""
-        if name not in self._holders:
-            found = holders(self.model, name)
-            plain = all(isinstance(module, _READERS) and leaf == "weight" for module, leaf in found)
-            self._holders[name] = [module for module, _ in found] if plain else []
-        return self._holders[name]
-
-    def names(self, tensor: Tensor) -> list[str]:
-        """All the names of a tensor of the reference."""
-        return self._names[id(tensor)]
-
-    def _forget(self, name: str) -> None:
-        for key in [key for key in self._zero if key[0] == name]:
-            del self._zero[key]
-
-    def check_something_is_left(self) -> None:
-        for name, axes in self.live.items():
-            for axis, live in enumerate(axes):
-                if len(live) and not bool(live.any()):
-                    raise _everything_pruned(name, "units" if axis == 0 else "inputs")
-
-    def changed(self, plan: TiePlan) -> dict[str, Tensor]:
-        planned = {member.parameter for tie in plan for member in tie.members}
-        cut = {name for name, axes in self.live.items() if not all(bool(live.all()) for live in axes)}
-        return {name: self.cut(name) for name in self.values if name in planned | cut | self.written}
-
-
-def _everything_pruned(name: str, what: str) -> CompactError:
-    return CompactError(
-        f"{name}: expected at least one of its {what} to be left, got none: all are zero, or only feed what is zero; "
-        "prune less (a weaker penalty, a lower threshold), or take the layer out of the model"
-    )
-
-
-def _fold(network: _Network, channels: Channels, constants: Constants) -> tuple[list[Channel], dict[int, str]]:
+def _fold(network: Network, channels: Channels, constants: Constants) -> tuple[list[Channel], dict[int, str]]:
     """Give every constant channel to its readers' biases. Returns those, and why others can't be, by id."""
     folded: list[Channel] = []
     reasons: dict[int, str] = {}
@@ -289,7 +137,7 @@ def _fold(network: _Network, channels: Channels, constants: Constants) -> tuple[
     return folded, reasons
 
 
-def _foldable(network: _Network, channel: Channel, constants: Constants) -> list[tuple[Slice, int, float]] | str:
+def _foldable(network: Network, channel: Channel, constants: Constants) -> list[tuple[Slice, int, float]] | str:
     """The constants that the channel's readers see, or why one can't be folded."""
     found: list[tuple[Slice, int, float]] = []
     for part in channel.readers:
@@ -312,7 +160,7 @@ def _foldable(network: _Network, channel: Channel, constants: Constants) -> list
     return found
 
 
-def _what_else_to_prune(network: _Network, channel: Channel) -> str:
+def _what_else_to_prune(network: Network, channel: Channel) -> str:
     """Which vectors (biases, BatchNorm's) make the constant."""
     trained = dict(network.model.named_parameters())
     vectors = [s.parameter for s in channel.makers if s.parameter in trained and trained[s.parameter].dim() == 1]
@@ -324,7 +172,7 @@ def _index(channel: Channel, name: str) -> list[int]:
     return [index for s in channel.makers if s.parameter == name for index in s.indices]
 
 
-def _no_bias(network: _Network, part: Slice) -> str | None:
+def _no_bias(network: Network, part: Slice) -> str | None:
     """Why the readers of a slice have no bias that could take a constant over, or None."""
     readers = network.holders(part.parameter)
     if not readers or part.axis != 1:
@@ -338,7 +186,7 @@ def _no_bias(network: _Network, part: Slice) -> str | None:
     return None
 
 
-def _give_to_bias(network: _Network, part: Slice, index: int, value: float) -> None:
+def _give_to_bias(network: Network, part: Slice, index: int, value: float) -> None:
     if value:
         weight = network.values[part.parameter]
         amount = weight[:, index].reshape(weight.shape[0], -1).sum(1) * value
@@ -350,7 +198,7 @@ def _give_to_bias(network: _Network, part: Slice, index: int, value: float) -> N
     network.stop_reading(part, index)
 
 
-def _remove_unread(network: _Network, channels: Channels) -> list[Channel]:
+def _remove_unread(network: Network, channels: Channels) -> list[Channel]:
     """Remove the channels that nobody reads, to the fixed point: a unit that goes no longer reads its own inputs."""
     waiting = [channel for channel in channels if channel.readers and not channel.blocked]
     removed: list[Channel] = []
@@ -363,7 +211,7 @@ def _remove_unread(network: _Network, channels: Channels) -> list[Channel]:
     return removed
 
 
-def _labels(network: _Network, plan: TiePlan, transposed: set[str]) -> tuple[dict[str, list[int]], list[Kept]]:
+def _labels(network: Network, plan: TiePlan, transposed: set[str]) -> tuple[dict[str, list[int]], list[Kept]]:
     """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin.
 
     `transposed` are the weights that another use turns around: what their module reads, they make elsewhere.
@@ -377,12 +225,12 @@ def _labels(network: _Network, plan: TiePlan, transposed: set[str]) -> tuple[dic
     unselected: list[Kept] = []
     for parameter, tie in ties.items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf != "weight" or not isinstance(network.model.get_submodule(path), _READERS):
+        if leaf != "weight" or not isinstance(network.model.get_submodule(path), READERS):
             continue
         given = _labels_left(network, parameter, tie)
         kept = [label for label in given if label >= 0]
         if not kept:
-            raise _everything_pruned(parameter, "inputs")
+            raise everything_pruned(parameter, "inputs")
         shared = len(set(kept)) < len(kept)
         if not shared and len(kept) == len(given):
             continue
@@ -402,7 +250,7 @@ def _labels(network: _Network, plan: TiePlan, transposed: set[str]) -> tuple[dic
     return labels, unselected
 
 
-def _labels_left(network: _Network, parameter: str, tie: Tie) -> list[int]:
+def _labels_left(network: Network, parameter: str, tie: Tie) -> list[int]:
     """One label per input that stays, −1 where its weights are zero."""
     stays = torch.nonzero(network.live[parameter][1]).flatten()
     tied = tie.members[0].groups.kind == "inputs"
@@ -412,7 +260,7 @@ def _labels_left(network: _Network, parameter: str, tie: Tie) -> list[int]:
 
 
 def _stranded(
-    network: _Network, plan: TiePlan, channels: Channels, reasons: Mapping[int, str], gone: set[int]
+    network: Network, plan: TiePlan, channels: Channels, reasons: Mapping[int, str], gone: set[int]
 ) -> Iterator[tuple[Channel, str]]:
     """The channels that are pruned by the plan or read by nobody, and stay; with the reason."""
     pruned: set[int] = set()

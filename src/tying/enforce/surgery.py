@@ -181,6 +181,11 @@ def place_tied_(model: nn.Module, labels: Mapping[str, Sequence[int]]) -> None:
         model.set_submodule(place, tied)
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something else runs with a layer's forward or backward."""
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))  # pyright: ignore[reportPrivateUsage]
+
+
 def check_has_tied_twin(model: nn.Module, name: str) -> None:
     """Raise unless the module of this name can be replaced by a tied layer.
 
@@ -196,7 +201,7 @@ def check_has_tied_twin(model: nn.Module, name: str) -> None:
         reason = f"{type(layer).__name__} has no tied twin"
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (layer.groups > 1 or layer.padding_mode != "zeros"):
         reason = f"it has groups={layer.groups} and padding_mode={layer.padding_mode!r}"
-    elif any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):  # pyright: ignore[reportPrivateUsage]
+    elif has_hooks(layer):
         reason = "it has hooks, which would be lost; remove them"
     elif len(shared := holders(model, weight)) > 1:
         reason = f"its weight is shared by {len(shared)} modules"

@@ -1,0 +1,118 @@
+"""What lives of a network's tensors while channels go: float64 copies, and the indices that are left of their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tying.channels.find import Channel, Slice
+from tying.enforce.surgery import holders, names_of, owned
+from tying.errors import CompactError
+from tying.plan import TiePlan, qualified
+
+READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The layers whose biases can take constants over."""
+
+
+class Network:
+    """Float64 copies of a network's tensors, and which indices of their axes live."""
+
+    def __init__(self, reference: nn.Module) -> None:
+        self.model = reference
+        self.paths = {id(module): path for path, module in reference.named_modules()}
+        self._names = names_of(reference)
+        self.first = {name: names[0] for names in self._names.values() for name in names}
+        tensors = owned(reference)
+        self.values = {name: tensors[name].detach().double().clone() for name in dict.fromkeys(self.first.values())}
+        self.live = {name: [torch.ones(n, dtype=torch.bool) for n in t.shape] for name, t in self.values.items()}
+        self.written: set[str] = set()
+        self._zero: dict[tuple[str, int], Tensor] = {}
+        self._holders: dict[str, list[nn.Module]] = {}
+
+    def cut(self, name: str) -> Tensor:
+        """The tensor without what has gone."""
+        value = self.values[name]
+        for axis, live in enumerate(self.live[name]):
+            if not bool(live.all()):
+                value = value.index_select(axis, torch.nonzero(live).flatten().to(value.device))
+        return value
+
+    def zero(self, name: str, axis: int) -> Tensor:
+        """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
+        if (name, axis) not in self._zero:
+            value = self.values[name]
+            for other, live in enumerate(self.live[name]):
+                if other != axis and not bool(live.all()):
+                    value = value.index_select(other, torch.nonzero(live).flatten().to(value.device))
+            flat = value.movedim(axis, 0).reshape(value.shape[axis], -1)
+            self._zero[name, axis] = (flat == 0).all(1).cpu()
+        return self._zero[name, axis]
+
+    def unread(self, channel: Channel) -> bool:
+        """Whether every reader has zero weights for the channel."""
+        return all(bool(self.zero(s.parameter, s.axis)[list(s.indices)].all()) for s in channel.readers)
+
+    def remove(self, slices: Iterable[Slice]) -> None:
+        """Let slices of tensors go."""
+        for part in slices:
+            self.live[part.parameter][part.axis][list(part.indices)] = False
+            self._forget(part.parameter)
+
+    def add_to_bias(self, module: nn.Module, amount: Tensor) -> None:
+        """Add to the module's bias; one that is None starts at zero and lives as the outputs of the weight do."""
+        path = self.paths[id(module)]
+        name, weight = (qualified(path, leaf) for leaf in ("bias", "weight"))
+        name = self.first.get(name, name)
+        if name not in self.values:
+            self.values[name] = torch.zeros_like(amount)
+            self.live[name] = [self.live[self.first[weight]][0]]
+        self.values[name] += amount
+        self.written.add(name)
+
+    def stop_reading(self, part: Slice, index: int) -> None:
+        """Set one index of a reader's slice to zero."""
+        self.values[part.parameter].select(part.axis, index).zero_()
+        self.written.add(part.parameter)
+        known = self.zero(part.parameter, part.axis)
+        known[index] = True
+        self._forget(part.parameter)
+        self._zero[part.parameter, part.axis] = known
+
+    def holders(self, name: str) -> list[nn.Module]:
+        """The modules that hold the tensor of this first name as their weight; empty where something else does."""
+        if name not in self._holders:
+            found = holders(self.model, name)
+            plain = all(isinstance(module, READERS) and leaf == "weight" for module, leaf in found)
+            self._holders[name] = [module for module, _ in found] if plain else []
+        return self._holders[name]
+
+    def names(self, tensor: Tensor) -> list[str]:
+        """All the names of a tensor of the reference."""
+        return self._names[id(tensor)]
+
+    def _forget(self, name: str) -> None:
+        for key in [key for key in self._zero if key[0] == name]:
+            del self._zero[key]
+
+    def check_something_is_left(self) -> None:
+        """Raise CompactError if an axis has lost all of its indices."""
+        for name, axes in self.live.items():
+            for axis, live in enumerate(axes):
+                if len(live) and not bool(live.any()):
+                    raise everything_pruned(name, "units" if axis == 0 else "inputs")
+
+    def changed(self, plan: TiePlan) -> dict[str, Tensor]:
+        """The tensors that are cut, written to or planned, without what has gone."""
+        planned = {member.parameter for tie in plan for member in tie.members}
+        cut = {name for name, axes in self.live.items() if not all(bool(live.all()) for live in axes)}
+        return {name: self.cut(name) for name in self.values if name in planned | cut | self.written}
+
+
+def everything_pruned(name: str, what: str) -> CompactError:
+    """Return the error that nothing is left."""
+    return CompactError(
+        f"{name}: expected at least one of its {what} to be left, got none: all are zero, or only feed what is zero; "
+        "prune less (a weaker penalty, a lower threshold), or take the layer out of the model"
+    )
