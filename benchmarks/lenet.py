@@ -37,6 +37,7 @@ STRENGTHS = (1e-3, 4e-3)
 EPOCHS_ONE, EPOCHS_TWO = 8, 10
 GENTLER = 3
 """The convolutions hold 6 % of the values: they give up share³ of their energy where fc1 gives up a share."""
+CONTROLS = ("tied, no penalty before", "pruned only", "narrow dense")
 NARROW = {24: ((4, 10, 98), (10, 24, 28)), 100: ((2, 5, 43), (5, 10, 16))}
 """Channels, channels, units: all shrunk alike, and more in the convolutions."""
 
@@ -195,6 +196,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--controls", type=int, default=3, help="how many of the seeds for the controls")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default="benchmarks/results/lenet.json")
     parser.add_argument("--runs", type=Path, default=CACHE / "lenet-runs", help="finished networks, to go on from")
@@ -216,16 +218,21 @@ def main() -> None:
             mine = [p for p in pilots if (p["dataset"], p["method"], p["size"]) == (dataset, method, size)]
             return max(mine, key=lambda p: p["validation"])["strength"]
 
+        def strength_of(dataset: str, method: str, size: float) -> float:
+            if method == "pruned only":
+                method = "tied, GrOWL before"  # of the same networks
+            return best(dataset, method, size) if any(p["method"] == method for p in pilots) else 0.0
+
+        methods = {
+            "dense": options.seeds,
+            "tied, GrOWL before": options.seeds,
+            **dict.fromkeys(CONTROLS, options.controls),
+        }
         jobs = [
-            (dataset, method, size, strength, seed)
-            for seed, dataset in product(range(options.seeds), DATA)
-            for method, size, strength in (
-                ("dense", 1, 0.0),
-                *(("tied, GrOWL before", s, best(dataset, "tied, GrOWL before", s)) for s in SIZES),
-                *(("tied, no penalty before", s, 0.0) for s in SIZES),
-                *(("pruned only", s, best(dataset, "tied, GrOWL before", s)) for s in SIZES),
-                *(("narrow dense", s, best(dataset, "narrow dense", s)) for s in SIZES),
-            )
+            (dataset, method, size, strength_of(dataset, method, size), seed)
+            for seed, (method, seeds), dataset in product(range(options.seeds), methods.items(), DATA)
+            for size in (SIZES if method != "dense" else (1,))
+            if seed < seeds
         ]
         rows = wait([pool.submit(run, *job, options.runs) for job in jobs], "all methods")
     rows.sort(key=lambda r: (r["dataset"] != "mnist", r["size"]))
