@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.channels.find import Channel, Slice
-from tying.enforce.surgery import holders, names_of, owned
+from tying.enforce.surgery import names_of, owned
 from tying.errors import CompactError
 from tying.plan import TiePlan, qualified
 
@@ -23,6 +23,7 @@ class Network:
         self.model = reference
         self.paths = {id(module): path for path, module in reference.named_modules()}
         self._names = names_of(reference)
+        self._all = {names[0]: list(names) for names in self._names.values()}
         self.first = {name: names[0] for names in self._names.values() for name in names}
         tensors = owned(reference)
         self.values = {name: tensors[name].detach().double().clone() for name in dict.fromkeys(self.first.values())}
@@ -83,9 +84,9 @@ class Network:
     def holders(self, name: str) -> list[nn.Module]:
         """The modules that hold the tensor of this first name as their weight; empty where something else does."""
         if name not in self._holders:
-            found = holders(self.model, name)
+            found = [(self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self._all[name]]
             plain = all(isinstance(module, READERS) and leaf == "weight" for module, leaf in found)
-            self._holders[name] = [module for module, _ in found] if plain else []
+            self._holders[name] = list(dict.fromkeys(module for module, _ in found)) if plain else []
         return self._holders[name]
 
     def names(self, tensor: Tensor) -> list[str]:

@@ -120,7 +120,10 @@ def names_of(model: nn.Module) -> dict[int, list[str]]:
 
 def holders(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Return the modules that hold the tensor of this name, each once, with the attribute it is there."""
-    names = names_of(model)[id(owned(model)[name])]
+    return _holders(model, names_of(model)[id(owned(model)[name])])
+
+
+def _holders(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, str]]:
     found = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
     return list({(id(module), leaf): (module, leaf) for module, leaf in found}.values())
 
@@ -138,11 +141,11 @@ def replace_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     Raises:
         CompactError: If a module that holds the tensor has a parametrization. Nothing is written then.
     """
-    present = owned(model)
+    present, names = owned(model), names_of(model)
     written: list[tuple[nn.Module, str, Tensor]] = []
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
-        places = holders(model, name) if name in present else [(model.get_submodule(path), leaf)]
+        places = _holders(model, names[id(present[name])]) if name in present else [(model.get_submodule(path), leaf)]
         like = present[name] if name in present else cast(Tensor, places[0][0].weight)
         new = _like(like, value)
         for module, attribute in places:
