@@ -86,8 +86,7 @@ def compact(
         if not compared:
             check_equal(reference, _build(_copied(model).double(), layers, compaction).eval(), inputs, tolerance)
         small = _build(_copied(model), layers, compaction)
-        if fastest and compaction.labels:
-            choose_fastest_(small, inputs)
+        if fastest and choose_fastest_(small, inputs):
             checked = _build(_copied(model).double(), layers, compaction).eval()
             set_ways_(checked, ways_of(small))
             check_equal(reference, checked, inputs, tolerance)
