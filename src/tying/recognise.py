@@ -17,7 +17,7 @@ from tying.wiring import Wiring
 
 def spells(wiring: Wiring, shape: tuple[int, int], weight: Partition, bias: Partition | None) -> bool:
     """Return whether these labels of a dense weight of this shape, and of its bias, are those of the convolution."""
-    if (wiring.out_features, wiring.in_features) != shape:
+    if (wiring.out_features, wiring.in_features) != shape or wiring.connections != len(weight) - weight.pruned:
         return False
     try:
         same = Partition(wiring.weight_labels()) == weight
@@ -49,6 +49,8 @@ def recognise(shape: tuple[int, int], weight: Partition, bias: Partition | None 
     if not len(row):
         return None
     entries = _Entries(row, column, labels[row, column])
+    if not (_once(entries.row, entries.label) and _once(entries.column, entries.label)):
+        return None
     for out_channels in _blocks(entries.row, entries.label, shape[0]):
         for in_channels in _blocks(entries.column, entries.label, shape[1]):
             positions, inputs = shape[0] // out_channels, shape[1] // in_channels
@@ -65,6 +67,12 @@ class _Entries:
     row: NDArray[np.int64]
     column: NDArray[np.int64]
     label: NDArray[np.int64]
+
+
+def _once(at: NDArray[np.int64], label: NDArray[np.int64]) -> bool:
+    """Whether no label stands twice at one output, or at one input: a tap reads once, and is read once."""
+    pairs = np.sort(at * (label.max() + 1) + label)
+    return not (np.diff(pairs) == 0).any()
 
 
 def _blocks(at: NDArray[np.int64], label: NDArray[np.int64], length: int) -> Iterator[int]:
@@ -86,38 +94,64 @@ def _fitting(entries: _Entries, out_channels: int, in_channels: int, positions: 
         return
     pair = first & (entries.column // inputs == seen[0])
     row, column, label = entries.row[pair], entries.column[pair] - seen[0] * inputs, entries.label[pair]
-    for input_size, output_size in [((inputs,), (positions,)), *_rectangles(inputs, positions)]:
-        places = zip(np.unravel_index(row, output_size), np.unravel_index(column, input_size), strict=True)
-        sizes = zip(places, input_size, output_size, strict=True)
-        sliding = [_sliding(out, read, label, size, made) for (out, read), size, made in sizes]
-        if all(each is not None for each in sliding):
-            kernel, stride, dilation, padding = zip(*filter(None, sliding), strict=True)
-            windows = Windows(input_size, kernel, stride, dilation, padding)
-            yield Wiring(in_channels, out_channels, in_channels // len(seen), windows)
+    common = label == np.bincount(label).argmax()
+    tap, whole = (row[common], column[common], label[common]), (row, column, label)
+    for sizes in [((inputs,), (positions,)), *_rectangles(inputs, positions)]:
+        if _sliding(*tap, *sizes) is not None and (found := _sliding(*whole, *sizes)) is not None:
+            windows = _windows(found, *sizes)
+            if windows is not None and windows.taps <= 4 * len(np.unique(label)):  # few taps read nothing anywhere
+                yield Wiring(in_channels, out_channels, in_channels // len(seen), windows)
 
 
 def _rectangles(inputs: int, positions: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    for height in range(1, inputs + 1):
-        for made in range(1, positions + 1):
-            if inputs % height == 0 and positions % made == 0:
-                yield (height, inputs // height), (made, positions // made)
+    for height in (size for size in range(1, inputs + 1) if inputs % size == 0):
+        for made in (size for size in range(1, positions + 1) if positions % size == 0):
+            yield (height, inputs // height), (made, positions // made)
 
 
 def _sliding(
-    out: NDArray[np.int64], read: NDArray[np.int64], label: NDArray[np.int64], size: int, made: int
+    row: NDArray[np.int64],
+    column: NDArray[np.int64],
+    label: NDArray[np.int64],
+    input_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+) -> list[tuple[int, NDArray[np.int64]]] | None:
+    """Per dimension, the stride and the offsets of the taps; None where a tap reads somewhere else."""
+    found: list[tuple[int, NDArray[np.int64]]] = []
+    places = zip(np.unravel_index(row, output_size), np.unravel_index(column, input_size), strict=True)
+    for out, read in places:
+        stride = _stride(out, read, label)
+        if stride is None:
+            return None
+        offset = read - stride * out
+        known = np.zeros(label.max() + 1, dtype=np.int64)
+        known[label] = offset
+        if not np.array_equal(known[label], offset):
+            return None
+        found.append((stride, np.unique(offset)))
+    return found
+
+
+def _windows(
+    sliding: list[tuple[int, NDArray[np.int64]]], input_size: tuple[int, ...], output_size: tuple[int, ...]
+) -> Windows | None:
+    """The geometry with these strides and offsets, or None where torch has no such padding."""
+    dimensions = [
+        _dimension(stride, offsets, size, made)
+        for (stride, offsets), size, made in zip(sliding, input_size, output_size, strict=True)
+    ]
+    if not all(each is not None for each in dimensions):
+        return None
+    kernel, stride, dilation, padding = zip(*filter(None, dimensions), strict=True)
+    return Windows(input_size, kernel, stride, dilation, padding)
+
+
+def _dimension(
+    stride: int, offsets: NDArray[np.int64], size: int, made: int
 ) -> tuple[int, int, int, tuple[int, int]] | None:
-    """Kernel size, stride, dilation and padding along one dimension, or None where `read` is not so made."""
-    stride = _stride(out, read, label)
-    if stride is None:
-        return None
-    offset = read - stride * out
-    known = np.full(label.max() + 1, np.iinfo(np.int64).min)
-    known[label] = offset
-    if not np.array_equal(known[label], offset):
-        return None
-    taps = np.unique(offset)
-    dilation = math.gcd(*(int(step) for step in np.diff(taps))) or 1
-    kernel, low = int(taps[-1] - taps[0]) // dilation + 1, -int(taps[0])
+    """Kernel size, stride, dilation and padding along one dimension."""
+    dilation = math.gcd(*(int(step) for step in np.diff(offsets))) or 1
+    kernel, low = int(offsets[-1] - offsets[0]) // dilation + 1, -int(offsets[0])
     spread = dilation * (kernel - 1)
     for high in (low, spread - low):
         rest = size + low + high - spread - 1

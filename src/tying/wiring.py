@@ -80,6 +80,12 @@ class Wiring:
         """The shape of the convolution's weight."""
         return (self.out_channels, self.in_channels // self.groups, *self.windows.kernel_size)
 
+    @property
+    def connections(self) -> int:
+        """How many numbers of the dense weight are not zero by construction."""
+        pairs = self.out_channels * (self.in_channels // self.groups)
+        return pairs * int(np.count_nonzero(self.windows.reads() >= 0))
+
     @cached_property
     def _entries(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of every connection, its place in the flattened dense weight and in the flattened kernel."""

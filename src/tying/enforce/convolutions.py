@@ -102,6 +102,13 @@ def _geometry(path: str, module: nn.Module, ties: Mapping[str, Tie], plan: TiePl
         CompactError: If they don't.
     """
     weight, bias = ties.get("weight"), ties.get("bias")
+    if isinstance(module, LOCAL):
+        for tie in ties.values():
+            if tie.members[0].groups != Groups.positions() or tie.partition.classes != 1 or tie.partition.pruned:
+                raise CompactError(
+                    f"{tie}: expected one label for all positions, which makes a convolution, got another tie of a "
+                    "locally connected layer; enforce it with tie_ instead"
+                )
     if weight is None:
         raise CompactError(
             f"{bias}: expected a tie of the weight beside it, which makes a convolution, or groups of inputs or "
@@ -113,12 +120,6 @@ def _geometry(path: str, module: nn.Module, ties: Mapping[str, Tie], plan: TiePl
             "tying.find.convolution.hardwired does, or enforce the plan with tie_ instead"
         )
     if isinstance(module, LOCAL):
-        for tie in filter(None, (weight, bias)):
-            if tie.members[0].groups != Groups.positions() or tie.partition.classes != 1 or tie.partition.pruned:
-                raise CompactError(
-                    f"{tie}: expected one label for all positions, which makes a convolution, got another tie of a "
-                    "locally connected layer; enforce it with tie_ instead"
-                )
         return None
     shape = cast("tuple[int, int]", tuple(cast(Tensor, module.weight).shape))
     found = _found(shape, weight.partition, None if bias is None else bias.partition, plan)
