@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,31 @@ def test_export_with_any_batch() -> None:
     )
     x = torch.randn(5, 3, 6, 6)
     torch.testing.assert_close(program.module()(x), local(x))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_is_compiled_whole(batch: int) -> None:
+    torch.compiler.reset()
+    local = LocallyConnected2d(3, 4, 6, 3, padding=1)
+    compiled = torch.compile(local, backend="aot_eager", fullgraph=True)
+    x = torch.randn(batch, 3, 6, 6)
+    torch.testing.assert_close(compiled(x), local(x))
+    compiled(x).sum().backward()
+    assert local.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_computes_the_same(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    local = LocallyConnected2d(3, 4, 6, 3, padding=1).eval()
+    x = torch.randn(3, 3, 6, 6)
+    program = torch.onnx.export(local, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(str(tmp_path / "local.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "local.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(got), local(x), rtol=1e-4, atol=1e-5)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
