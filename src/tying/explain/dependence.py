@@ -14,7 +14,8 @@ from tying.channels.graph import Call, Graph, export
 from tying.channels.operations import IDENTITIES
 from tying.errors import CompactError, TyingError
 from tying.evaluation import evaluating
-from tying.explain.spreads import Known, Rule, Several, names, rule
+from tying.explain.marks import Known, Rule, Several, names
+from tying.explain.spreads import rule
 
 Mark: TypeAlias = "Tensor | list[Tensor]"
 """Of an operation, or of one with several outputs: 1 where an element is marked, 0 elsewhere."""

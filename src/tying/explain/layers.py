@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from tying.errors import PlanError
 from tying.explain import costs
 from tying.explain.costs import Cost, Costs, TiedInputs
 from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
@@ -85,7 +87,7 @@ def find_layers(model: nn.Module, calls: Mapping[str, list[Observed]]) -> tuple[
         model: The model.
         calls: By the names of its modules, what they were called on, in the order of the calls.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, SHARING) and name in calls}
+    modules = {name: module for name, module in model.named_modules() if _are_known(module, calls.get(name))}
     found = (_layer({name: modules[name] for name in names}, calls) for names in _bound_together(modules))
     order = {name: place for place, name in enumerate(calls)}
     sharing = [layer for layer in found if layer.local.values > layer.shared.values]
@@ -94,11 +96,14 @@ def find_layers(model: nn.Module, calls: Mapping[str, list[Observed]]) -> tuple[
 
 def not_counted(model: nn.Module, calls: Mapping[str, list[Observed]]) -> tuple[str, ...]:
     """Return the parameters of two dimensions or more that belong to no module whose cost is known."""
-    counted = (*SHARING, LocallyConnected1d, LocallyConnected2d)  # the latter share nothing
-    known = {
-        id(p) for name, m in model.named_modules() if isinstance(m, counted) and name in calls for p in m.parameters()
-    }
+    local = (LocallyConnected1d, LocallyConnected2d)  # they share nothing
+    counted = [m for n, m in model.named_modules() if isinstance(m, local) or _are_known(m, calls.get(n))]
+    known = {id(parameter) for module in counted for parameter in module.parameters()}
     return tuple(name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in known)
+
+
+def _are_known(module: nn.Module, calls: list[Observed] | None) -> bool:
+    return calls is not None and all(_is_known(module, call) for call in calls)
 
 
 def _bound_together(modules: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -176,15 +181,51 @@ def costs_of(module: nn.Module, call: Observed) -> Costs:
     if isinstance(module, TRANSPOSED):
         return costs.transposed(windows, m.in_channels, m.out_channels, groups=groups, bias=bias, width=width)
     tied = _tied(module)
-    return costs.convolution(windows, m.in_channels, m.out_channels, groups=groups, bias=bias, width=width, tied=tied)
+    found = costs.convolution(windows, m.in_channels, m.out_channels, groups=groups, bias=bias, width=width, tied=tied)
+    return found if _is_plain(module) else replace(found, connections=_count_connections(module, call))
 
 
 def windows_of(module: nn.Module, call: Observed) -> Windows:
-    """Return the windows of a convolution on what it is called on; of a transposed one, those that it transposes."""
+    """Return the windows of a convolution on what it is called on; of a transposed one, those that it transposes.
+
+    Of a convolution with a forward of its own, which may pad as it likes, the shapes say how much it pads.
+    """
     m = cast(Any, module)
     size = call.outputs[1:] if isinstance(module, TRANSPOSED) else call.inputs[1:]
-    mode = getattr(m, "padding_mode", "zeros")
-    return Windows.of(size, m.kernel_size, m.stride, m.padding, m.dilation, mode, dimensions=len(m.kernel_size))
+    dimensions = len(m.kernel_size)
+    if _is_plain(module):
+        mode = getattr(m, "padding_mode", "zeros")
+        return Windows.of(size, m.kernel_size, m.stride, m.padding, m.dilation, mode, dimensions=dimensions)
+    geometry = zip(size, call.outputs[1:], m.kernel_size, m.stride, m.dilation, strict=True)
+    totals = [max((o - 1) * s + d * (k - 1) + 1 - n, 0) for n, o, k, s, d in geometry]
+    pads = tuple((total // 2, total - total // 2) for total in totals)
+    return Windows(tuple(size), tuple(m.kernel_size), tuple(m.stride), tuple(m.dilation), pads)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the forward is that of `torch.nn` or `tying.nn`: what its attributes say is what it does."""
+    return any(type(module).forward is kind.forward for kind in SHARING)
+
+
+def _is_known(module: nn.Module, call: Observed) -> bool:
+    """Whether the closed forms hold for a call: its shapes are those of the layer."""
+    if not isinstance(module, SHARING) or (isinstance(module, TRANSPOSED) and not _is_plain(module)):
+        return False
+    if not isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        return True
+    there = call.inputs[1:] if isinstance(module, TRANSPOSED) else call.outputs[1:]
+    try:
+        return windows_of(module, call).output_size == there
+    except PlanError:
+        return False
+
+
+def _count_connections(module: nn.Module, call: Observed) -> int:
+    """Count the pairs of a convolution of zero-padded inputs: with all weights and inputs 1, the sum of its outputs."""
+    given = {name: torch.full_like(p, float(p.ndim > 1), dtype=torch.float64) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        ones = torch.ones(1, *call.inputs, dtype=torch.float64, device=next(module.parameters()).device)
+        return round(float(functional_call(module, given, (ones,)).sum()))
 
 
 def _tied(module: nn.Module) -> TiedInputs | None:

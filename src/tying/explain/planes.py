@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ SPATIAL = (
 
 def is_pool(module: nn.Module) -> bool:
     """Whether a module puts windows of its input together without weights."""
-    return bool(_POOL.fullmatch(type(module).__name__))
+    return _dimensions_of_pool(module) > 0
+
+
+def _dimensions_of_pool(module: nn.Module) -> int:
+    found = (_POOL.fullmatch(kind.__name__) for kind in type(module).__mro__)
+    return next((int(match[1]) for match in found if match), 0)
 
 
 def is_spatial(module: nn.Module) -> bool:
@@ -46,7 +51,7 @@ def places(module: nn.Module, ndim: int, *, of_input: bool = False) -> Axes:
     if is_spatial(module):
         if isinstance(module, nn.Upsample):
             return tuple(range(2, ndim))
-        count = int(re.findall(r"([123])d", type(module).__name__)[-1])
+        count = _dimensions_of_pool(module) or len(cast("tuple[int, ...]", module.kernel_size))
         return tuple(range(ndim - count, ndim))
     if isinstance(module, nn.Embedding) and of_input:
         return tuple(range(1, ndim)) or (0,)
