@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.channels", description=__doc__)
     parser.add_argument("--draws", type=int, default=200, help="plants per architecture")
     parser.add_argument("--graphs", type=int, default=2000, help="drawn networks")
-    parser.add_argument("--peer", type=int, default=10, help="plants per architecture that torch-pruning gets as well")
+    parser.add_argument("--peer", type=int, default=50, help="plants per architecture that torch-pruning gets as well")
     parser.add_argument("--only", nargs="*", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 plants, 20 drawn networks, 1 plant for torch-pruning")
