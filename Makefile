@@ -8,7 +8,8 @@ BIN := .venv/bin
 OUT ?= tying-out
 
 .PHONY: run test check format lint types bench-mnist bench-compact bench-stage-one bench-max-drop bench-prox bench-selection bench-ties \
-	bench-align bench-soft bench-bundle bench-two-domains bench-hybrid clean
+	bench-align bench-soft bench-bundle bench-two-domains bench-hybrid bench-lenet bench-resnet20 bench-vgg16 bench-sharing \
+	bench-stage-two-memory bench-conv bench-resnet50 bench-channels clean
 
 run: .venv/.run ## Set up, then compress the embedded task: prints the table and where the page is
 	$(BIN)/tying compress --max-drop 0.003 --out $(OUT)
@@ -65,6 +66,31 @@ bench-two-domains: .venv/.dev ## A quarter of an hour; goes on where it was afte
 
 bench-hybrid: .venv/.dev ## A quarter of an hour
 	$(BIN)/python -m benchmarks.hybrid
+
+bench-lenet: .venv/.dev ## An hour and a half on two cores; goes on where it was after Ctrl-C
+	$(BIN)/python -m benchmarks.lenet
+
+bench-resnet20: .venv/.dev ## Two hours on a core; goes on where it was after Ctrl-C
+	$(BIN)/python -m benchmarks.resnet20
+
+bench-vgg16: .venv/.dev ## For a GPU; --smoke runs a minute on a CPU
+	$(BIN)/python -m benchmarks.vgg16_cifar10
+
+bench-sharing: .venv/.dev ## A quarter of an hour; goes on where it was after Ctrl-C
+	$(BIN)/python -m benchmarks.sharing
+
+bench-stage-two-memory: .venv/.dev ## Ten minutes, on Linux
+	$(BIN)/python -m benchmarks.stage_two_memory
+
+bench-conv: .venv/.dev ## Two minutes on a quiet machine
+	$(BIN)/python -m benchmarks.conv_speed
+
+bench-resnet50: .venv/.dev ## Five minutes on a quiet machine
+	$(BIN)/python -m benchmarks.resnet50_speed
+
+bench-channels: .venv/.dev ## An hour on two cores
+	$(BIN)/python -m pip install --quiet torch-pruning==1.6.1
+	$(BIN)/python -m benchmarks.channels
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
