@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -26,7 +25,7 @@ from torch.optim import SGD, AdamW
 import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.record import record
-from benchmarks.training import BATCH, accuracy, fit, kept, wait
+from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
 from tying import GroupLasso, Groups, GrOWL, TiePlan
 
 INPUTS, UNITS = Groups.inputs(), Groups.outputs()
@@ -37,9 +36,19 @@ STRENGTHS = (1e-3, 4e-3)
 EPOCHS_ONE, EPOCHS_TWO = 8, 10
 GENTLER = 3
 """The convolutions hold 6 % of the values: they give up share³ of their energy where fc1 gives up a share."""
+TIED = "tied, GrOWL before"
 CONTROLS = ("tied, no penalty before", "pruned only", "narrow dense")
 NARROW = {24: ((4, 10, 98), (10, 24, 28)), 100: ((2, 5, 43), (5, 10, 16))}
-"""Channels, channels, units: all shrunk alike, and more in the convolutions."""
+"""Channels, channels, units: all shrunk alike, or less in the convolutions."""
+SETTINGS = {
+    "epochs": [EPOCHS_ONE, EPOCHS_TWO],
+    "batch": BATCH,
+    "split": [55_000, 5_000, 10_000],
+    "strengths": STRENGTHS,
+    "gentler": GENTLER,
+}
+Choice = float | tuple[int, ...]
+"""A strength, or the shape of a narrow network."""
 
 
 class LeNet5(nn.Sequential):
@@ -101,53 +110,45 @@ def plan_at(model: nn.Module, share: float) -> TiePlan:
     return TiePlan(ties)
 
 
-def compacted(model: nn.Module, size: float, example: Tensor) -> tuple[nn.Module, TiePlan]:
-    """Return the largest network of that size, and its plan."""
+def compacted(model: nn.Module, size: int, example: Tensor, *, tied: bool) -> nn.Module:
+    """Return a network of at most that size and hardly less: by ties and pruning, or by pruning alone."""
     low, high = 0.0, 1.0
-    best = None
+    best = model
     for _ in range(9):
         middle = (low + high) / 2
         plan = plan_at(model, middle)
-        small = tying.compact(model, plan, example)
+        small = tying.compact(model, plan if tied else pruned_only(model, plan), example)
         if values_of(small) * size <= PARAMETERS:
-            best, high = (small, plan), middle
+            best, high = small, middle
         else:
             low = middle
-    assert best is not None
+    if best is model:
+        raise RuntimeError(f"expected a network {size:g} times smaller, got none; weaken the penalty")
     return best
 
 
 def pruned_only(model: nn.Module, plan: TiePlan) -> TiePlan:
     """Keep as many groups as the plan keeps values, those of largest norm, and tie none."""
-    kept_groups = {(tie.members[0].parameter, tie.members[0].groups): tie.partition.classes for tie in plan}
-    return tying.discover(model, GROUPS, keep=kept_groups)
+    keep = {(tie.members[0].parameter, tie.members[0].groups): tie.partition.classes for tie in plan}
+    return tying.discover(model, GROUPS, keep=keep)
 
 
-def run(dataset: str, method: str, size: float, strength: float, seed: int, folder: Path) -> dict[str, Any]:
+def run(dataset: str, method: str, size: int, choice: Choice, seed: int, folder: Path) -> dict[str, Any]:
     """Train one network by both stages, or read what an earlier call left."""
     torch.set_num_threads(1)
-    name = f"{dataset}-{method}-{size:g}-{strength:g}-{seed}".replace(" ", "-").replace(",", "")
+    shape, strength = (choice, 0.0) if isinstance(choice, tuple) else ((), choice)
+    chosen = "-".join(map(str, shape)) or f"{strength:g}"
+    name = f"{dataset}-{method}-{size}-{chosen}-{seed}".replace(" ", "-").replace(",", "")
 
     def make() -> dict[str, Any]:
-        begun = time.perf_counter()
         split, example = data(dataset), as_images(data(dataset).train[0][:2])
-        narrow = int(strength) if method == "narrow dense" else None
-        shape = () if narrow is None else NARROW[int(size)][narrow]
-        penalty = strength if narrow is None else 0.0
-        first = folder / f"stage-one-{dataset}-{'-'.join(map(str, shape)) or 'full'}-{penalty:g}-{seed}.pt"
         torch.manual_seed(seed)
         model = LeNet5(*shape)
-        if first.is_file():
-            model.load_state_dict(torch.load(first))
-        else:
-            stage_one(model, dataset, penalty, seed, f"{name}, stage one")
-            torch.save(model.state_dict(), first)
+        first = folder / f"stage-one-{dataset}-{'-'.join(map(str, shape)) or 'full'}-{strength:g}-{seed}.pt"
+        trained_once(first, model, lambda: stage_one(model, dataset, strength, seed, f"{name}, stage one"))
         model.to(memory_format=torch.contiguous_format).eval()
         if "dense" not in method:
-            dense = model
-            model, plan = compacted(dense, size, example)
-            if method == "pruned only":
-                model = tying.compact(dense, pruned_only(dense, plan), example)
+            model = compacted(model, size, example, tied=method != "pruned only")
         stage_two(model, dataset, seed, f"{name}, stage two")
         model.to(memory_format=torch.contiguous_format).eval()
         path = folder / f"{name}.safetensors"
@@ -156,7 +157,7 @@ def run(dataset: str, method: str, size: float, strength: float, seed: int, fold
             "dataset": dataset,
             "method": method,
             "size": size,
-            "strength": strength,
+            "choice": list(shape) or strength,
             "seed": seed,
             "shapes": [list(p.shape) for p in model.parameters()],
             "values": values_of(model),
@@ -164,7 +165,6 @@ def run(dataset: str, method: str, size: float, strength: float, seed: int, fold
             "file_bytes": path.stat().st_size,
             "validation": accuracy(model, split.validation, as_images),
             "test": accuracy(model, split.test, as_images),
-            "seconds": time.perf_counter() - begun,
         }
 
     return kept(folder / f"{name}.json", make)
@@ -173,12 +173,13 @@ def run(dataset: str, method: str, size: float, strength: float, seed: int, fold
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per data set, method and size, in the order of the rows."""
     lines = []
-    for key in dict.fromkeys((r["dataset"], r["method"], r["size"], r["strength"]) for r in rows):
-        mine = [r for r in rows if (r["dataset"], r["method"], r["size"], r["strength"]) == key]
+    for key in dict.fromkeys((r["dataset"], r["method"], r["size"]) for r in rows):
+        mine = [r for r in rows if (r["dataset"], r["method"], r["size"]) == key]
         test = [r["test"] for r in mine]
         lines.append(
-            dict(zip(("dataset", "method", "size", "strength"), key, strict=True))
+            dict(zip(("dataset", "method", "size"), key, strict=True))
             | {
+                "choice": mine[0]["choice"],
                 "seeds": [r["seed"] for r in mine],
                 "ratio": PARAMETERS / statistics.mean(r["values"] for r in mine),
                 "test": test,
@@ -193,6 +194,11 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def _choice(pilot: dict[str, Any] | None) -> Choice:
+    chosen = 0.0 if pilot is None else pilot["choice"]
+    return tuple(chosen) if isinstance(chosen, list) else chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -201,44 +207,32 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/lenet.json")
     parser.add_argument("--runs", type=Path, default=CACHE / "lenet-runs", help="finished networks, to go on from")
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    folder = options.runs / fingerprint(SETTINGS)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in DATA:
         data(name)
-    candidates = [("tied, GrOWL before", s) for s in STRENGTHS] + [("narrow dense", 0.0), ("narrow dense", 1.0)]
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        pilots = wait(
-            [
-                pool.submit(run, dataset, method, size, strength, 0, options.runs)
-                for dataset, (method, strength), size in product(DATA, candidates, SIZES)
-            ],
-            "strengths and shapes",
-        )
-
-        def best(dataset: str, method: str, size: float) -> float:
-            mine = [p for p in pilots if (p["dataset"], p["method"], p["size"]) == (dataset, method, size)]
-            return max(mine, key=lambda p: p["validation"])["strength"]
-
-        def strength_of(dataset: str, method: str, size: float) -> float:
-            if method == "pruned only":
-                method = "tied, GrOWL before"  # of the same networks
-            return best(dataset, method, size) if any(p["method"] == method for p in pilots) else 0.0
-
-        methods = {
-            "dense": options.seeds,
-            "tied, GrOWL before": options.seeds,
-            **dict.fromkeys(CONTROLS, options.controls),
-        }
-        jobs = [
-            (dataset, method, size, strength_of(dataset, method, size), seed)
-            for seed, (method, seeds), dataset in product(range(options.seeds), methods.items(), DATA)
-            for size in (SIZES if method != "dense" else (1,))
-            if seed < seeds
+        tried = [
+            (dataset, method, size, choice)
+            for dataset, size in product(DATA, SIZES)
+            for method, choices in ((TIED, STRENGTHS), ("pruned only", STRENGTHS), ("narrow dense", NARROW[size]))
+            for choice in choices
         ]
-        rows = wait([pool.submit(run, *job, options.runs) for job in jobs], "all methods")
+        pilots = wait([pool.submit(run, *each, 0, folder) for each in tried], "strengths and shapes")
+        best: dict[Any, dict[str, Any]] = {}
+        for pilot in pilots:
+            key = pilot["dataset"], pilot["method"], pilot["size"]
+            best[key] = max(best.get(key, pilot), pilot, key=lambda p: p["validation"])
+        jobs = [
+            (dataset, method, size, _choice(best.get((dataset, method, size))), seed)
+            for seed, method, dataset in product(range(options.seeds), ("dense", TIED, *CONTROLS), DATA)
+            for size in (SIZES if method != "dense" else (1,))
+            if method not in CONTROLS or seed < options.controls
+        ]
+        rows = wait([pool.submit(run, *job, folder) for job in jobs], "all methods")
     rows.sort(key=lambda r: (r["dataset"] != "mnist", r["size"]))
-    settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "split": [55_000, 5_000, 10_000]}
-    tried = [{k: p[k] for k in ("dataset", "method", "size", "strength", "validation")} for p in pilots]
-    results = {"parameters": PARAMETERS, "settings": settings, "pilots": tried, "lines": summarise(rows)}
+    validated = [{k: p[k] for k in ("dataset", "method", "size", "choice", "validation")} for p in pilots]
+    results = {"parameters": PARAMETERS, "settings": SETTINGS, "pilots": validated, "lines": summarise(rows)}
     record(options.out, f"make bench-lenet (python -m benchmarks.lenet --seeds {options.seeds})", results)
     for line in results["lines"]:
         spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"

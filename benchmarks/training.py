@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
@@ -81,11 +83,31 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def trained_once(path: Path, model: nn.Module, train: Callable[[], Any]) -> None:
+    """Train the model, or give it what an earlier call left in the file."""
+    if not path.is_file():
+        train()
+        scratch = path.with_suffix(f".{os.getpid()}")
+        torch.save(model.state_dict(), scratch)
+        scratch.replace(path)
+    model.load_state_dict(torch.load(path))
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return a short name for settings: runs of other ones lie in another folder."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def wait(futures: list[Future[Any]], what: str) -> list[Any]:
     """Wait for all, saying how long it will take; the results come in the order of the futures."""
     begun = time.perf_counter()
-    for done, future in enumerate(as_completed(futures), start=1):
-        future.result()
-        left = (time.perf_counter() - begun) / done * (len(futures) - done) / 60
-        print(f"{what}: {done} of {len(futures)} done, about {left:.0f} min left", file=sys.stderr, flush=True)
+    try:
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            left = (time.perf_counter() - begun) / done * (len(futures) - done) / 60
+            print(f"{what}: {done} of {len(futures)} done, about {left:.0f} min left", file=sys.stderr, flush=True)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
     return [future.result() for future in futures]
