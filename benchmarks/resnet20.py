@@ -1,9 +1,9 @@
-"""ResNet-20 on CIFAR-10 at a quarter of its stored values: tied and pruned, and its controls at equal size and epochs.
+"""ResNet-20 on CIFAR-10 at a quarter of its stored values or less, and the controls at equal size and epochs.
 
     python -m benchmarks.resnet20 [--seeds 3] [--jobs 1] [--out benchmarks/results/resnet20.json]
 
 Split 45,000 / 5,000 / 10,000; images padded by 4, cropped and flipped; bfloat16 in autocast. Every network is trained
-for EPOCHS_ONE epochs and then, as it is or compacted, for EPOCHS_TWO more. The strength is chosen for seed 0 by
+for EPOCHS_ONE epochs and then, as it is or compacted, for EPOCHS_TWO more. Strengths are chosen for seed 0 by
 validation accuracy; the test split is looked at by the networks after their last epoch, and nothing is chosen by it.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.optim import SGD
 import tying
 from benchmarks.data import CACHE, Images, cifar10
 from benchmarks.record import record
-from benchmarks.training import BATCH, accuracy, fit, kept, wait
+from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
 from tying import Groups, GrOWL, TiePlan
 
 INPUTS = Groups.inputs()
@@ -34,6 +33,18 @@ EPOCHS_ONE, EPOCHS_TWO = 6, 6
 RATE, DECAY = 0.2, 5e-4
 RATIO = 4.0
 STRENGTHS = (5e-4, 2e-3)
+VALUES = 64
+TIED, SINGLE = "tied, GrOWL before", "single weights tied"
+CONTROLS = ("tied, no penalty before", "pruned only", "narrow dense")
+SETTINGS = {
+    "epochs": [EPOCHS_ONE, EPOCHS_TWO],
+    "batch": BATCH,
+    "rate": RATE,
+    "decay": DECAY,
+    "strengths": STRENGTHS,
+    "ratio": RATIO,
+    "values of single weights": VALUES,
+}
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).reshape(3, 1, 1)
 DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).reshape(3, 1, 1)
 
@@ -128,7 +139,7 @@ def plan_at(model: nn.Module, share: float, *, tied: bool) -> TiePlan:
 def compacted(model: nn.Module, *, tied: bool) -> nn.Module:
     """Return the largest network of at most a quarter of the values."""
     low, high = 0.0, 1.0
-    best = None
+    best = model
     for _ in range(8):
         middle = (low + high) / 2
         small = tying.compact(model, plan_at(model, middle, tied=tied), standardised(data().train[0][:2]))
@@ -136,22 +147,30 @@ def compacted(model: nn.Module, *, tied: bool) -> nn.Module:
             best, low = small, middle
         else:
             high = middle
-    assert best is not None
+    if best is model:
+        raise RuntimeError(f"expected a network with {RATIO:g} times fewer values, got none")
     return best
 
 
-def row(model: nn.Module, seconds: float, path: Path) -> dict[str, Any]:
+def single_weights_tied(model: nn.Module) -> nn.Module:
+    """Leave VALUES distinct numbers in every convolution: nothing is smaller or faster but what is stored."""
+    weights = {f"{name}.weight": Groups.elements() for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    plan = tying.discover(model, weights, clusters=VALUES, method="kmeans", support=0.0)
+    tying.tie_(model, plan)
+    return model
+
+
+def row(model: nn.Module, path: Path) -> dict[str, Any]:
     """Note what a finished network is."""
     model = model.to(memory_format=torch.contiguous_format)
     tying.save(model, path)
     report = tying.measure(model, example_inputs=standardised(data().test[0][:2]), latency=False)
     return {
-        "values": sum(p.numel() for p in model.parameters()),
+        "values": sum(p.numel() for p in tying.unique_parameters(model)),
         "operations": report.model.operations,
         "file_bytes": path.stat().st_size,
         "validation": accuracy(model, data().validation, standardised),
         "test": accuracy(model, data().test, standardised),
-        "seconds": seconds,
     }
 
 
@@ -161,26 +180,18 @@ def run(method: str, strength: float, seed: int, folder: Path) -> dict[str, Any]
     name = f"{method}-{strength:g}-{seed}".replace(" ", "-").replace(",", "")
 
     def make() -> dict[str, Any]:
-        begun = time.perf_counter()
         width = 8 if method == "narrow dense" else 16
         first = folder / f"stage-one-{width}-{strength:g}-{seed}.pt"
         torch.manual_seed(seed)
         model = ResNet20(width)
-        if first.is_file():
-            model.load_state_dict(torch.load(first))
-        else:
-            train(model, EPOCHS_ONE, seed, f"{name}, stage one", strength)
-            torch.save(model.state_dict(), first)
+        trained_once(first, model, lambda: train(model, EPOCHS_ONE, seed, f"{name}, stage one", strength))
         model.to(memory_format=torch.contiguous_format)
-        if "dense" not in method:
-            model = compacted(model, tied="pruned only" not in method)
+        if method == SINGLE:
+            single_weights_tied(model)
+        elif "dense" not in method:
+            model = compacted(model, tied=method != "pruned only")
         train(model, EPOCHS_TWO, seed + 1000, f"{name}, stage two")
-        return {
-            "method": method,
-            "strength": strength,
-            "seed": seed,
-            **row(model, time.perf_counter() - begun, folder / f"{name}.safetensors"),
-        }
+        return {"method": method, "strength": strength, "seed": seed, **row(model, folder / f"{name}.safetensors")}
 
     return kept(folder / f"{name}.json", make)
 
@@ -213,32 +224,32 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--controls", type=int, default=2, help="how many of the seeds for the controls")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", default="benchmarks/results/resnet20.json")
     parser.add_argument("--runs", type=Path, default=CACHE / "resnet20-runs", help="finished networks, to go on from")
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    folder = options.runs / fingerprint(SETTINGS)
+    folder.mkdir(parents=True, exist_ok=True)
     data()
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        pilots = wait([pool.submit(run, "tied, GrOWL before", s, 0, options.runs) for s in STRENGTHS], "strengths")
-        chosen = max(pilots, key=lambda r: r["validation"])["strength"]
+        tried = [(method, strength) for method in (TIED, "pruned only") for strength in STRENGTHS]
+        pilots = wait([pool.submit(run, *each, 0, folder) for each in tried], "strengths")
+        strengths = {
+            method: max((p for p in pilots if p["method"] == method), key=lambda p: p["validation"])["strength"]
+            for method in (TIED, "pruned only")
+        }
         jobs = [
-            (method, strength, seed)
+            (method, strengths.get(method, 0.0), seed)
             for seed in range(options.seeds)
-            for method, strength in (
-                ("dense", 0.0),
-                ("tied, GrOWL before", chosen),
-                ("tied, no penalty before", 0.0),
-                ("pruned only, GrOWL before", chosen),
-                ("narrow dense", 0.0),
-            )
+            for method in ("dense", TIED, SINGLE, *CONTROLS)
+            if method not in CONTROLS or seed < options.controls
         ]
-        rows = wait([pool.submit(run, *job, options.runs) for job in jobs], "all methods")
-    settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "rate": RATE, "decay": DECAY}
+        rows = wait([pool.submit(run, *job, folder) for job in jobs], "all methods")
     results = {
         "parameters": PARAMETERS,
-        "settings": settings,
-        "validation_by_strength": {f"{p['strength']:g}": p["validation"] for p in pilots},
+        "settings": SETTINGS,
+        "pilots": [{k: p[k] for k in ("method", "strength", "validation")} for p in pilots],
         "lines": summarise(rows),
     }
     record(options.out, f"make bench-resnet20 (python -m benchmarks.resnet20 --seeds {options.seeds})", results)
