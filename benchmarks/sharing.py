@@ -35,10 +35,11 @@ from benchmarks.memory import peak_of_training
 from benchmarks.pictures import draw
 from benchmarks.record import record
 from benchmarks.timing import in_turn, spread, versus
-from benchmarks.training import kept
+from benchmarks.training import accuracy, kept
 from tying.nn import LocallyConnected2d
 
 Split = tuple[Tensor, Tensor]
+OUT = Path("benchmarks/results/sharing.json")
 BATCH = 128
 STEPS = {300: 300, 1_000: 500, 3_000: 800, 10_000: 1_500, 55_000: 3_000}
 """By number of samples; three times as many gain none of the layers anything."""
@@ -105,11 +106,8 @@ def train(model: nn.Module, split: Split, *, steps: int, rate: float, decay: flo
     return model
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Return the percentage of images that the network names rightly."""
-    found = [model(x).argmax(1) == y for x, y in zip(split[0].split(1000), split[1].split(1000), strict=True)]
-    return 100 * torch.cat(found).double().mean().item()
+def as_they_are(images: Tensor) -> Tensor:
+    return images
 
 
 def shifted(images: Tensor, down: int, right: int) -> Tensor:
@@ -121,10 +119,12 @@ def shifted(images: Tensor, down: int, right: int) -> Tensor:
 
 def by_shift(model: nn.Module, split: Split) -> list[float]:
     """Return the accuracy on images moved by 0 to 6 pixels: the mean of up, down, left and right."""
-    images, labels = split
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1))
     moved = [[(s * down, s * right) for down, right in sides] if s else [(0, 0)] for s in SHIFTS]
-    return [statistics.mean(accuracy(model, (shifted(images, *m), labels)) for m in ways) for ways in moved]
+    return [
+        statistics.mean(accuracy(model, split, partial(shifted, down=down, right=right)) for down, right in ways)
+        for ways in moved
+    ]
 
 
 def learn(layer: str, samples: int, rate: float, decay: float, seed: int) -> nn.Module:
@@ -140,7 +140,7 @@ def tune(folder: Path, layer: str, samples: int) -> list[dict[str, Any]]:
     def tried(rate: float, decay: float) -> dict[str, Any]:
         def work() -> dict[str, Any]:
             model = learn(layer, samples, rate, decay, TUNING_SEED)
-            return {"rate": rate, "decay": decay, "validation": accuracy(model, data().validation)}
+            return {"rate": rate, "decay": decay, "validation": accuracy(model, data().validation, as_they_are)}
 
         return kept(folder / f"{layer}-{samples}-{rate:g}-{decay:g}.json", work)
 
@@ -158,10 +158,11 @@ def run(folder: Path, layer: str, samples: int, chosen: dict[str, Any], seed: in
 
     def work() -> dict[str, Any]:
         model = learn(layer, samples, chosen["rate"], chosen["decay"], seed)
-        test = by_shift(model, data().test) if shifts else [accuracy(model, data().test)]
+        test = by_shift(model, data().test) if shifts else [accuracy(model, data().test, as_they_are)]
         return {"seed": seed, "test": test[0], "by_shift": test}
 
-    return kept(folder / f"{layer}-{samples}-{seed}.json", work)
+    looked = "moved" if shifts else "still"
+    return kept(folder / f"{layer}-{samples}-{chosen['rate']:g}-{chosen['decay']:g}-{seed}-{looked}.json", work)
 
 
 def line(layer: str, samples: int, tried: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -284,9 +285,9 @@ def _said(each: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few samples, one seed")
+    parser.add_argument("--quick", action="store_true", help="few samples, one seed; keeps no results")
     parser.add_argument("--seeds", type=int, default=5, help=f"{SEEDS_OF_LARGEST} at most of all {LARGEST:,} samples")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharing.json"))
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}; none for --quick")
     parser.add_argument("--runs", type=Path, default=CACHE / "sharing-runs", help="finished runs, to go on from")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -301,10 +302,13 @@ def main() -> None:
             f"{cost['file_bytes'] / 1e3:.0f} kB, {cost['memory']['peak_bytes'] / 1e6:.2f} MB at training, "
             f"{cost['epoch_seconds']['median']:.2f} s an epoch"
         )
+    out = options.out or (None if options.quick else OUT)
+    if out is None:
+        return
     settings = {"batch": BATCH, "steps": STEPS, "rates": RATES, "decays": DECAYS, "tuning_seed": TUNING_SEED}
     results = {"settings": settings, "split": [55_000, 5_000, 10_000], "lines": lines, "costs": measured}
-    record(options.out, f"make bench-sharing (--seeds {seeds})", results)
-    picture(lines, measured, options.out.with_suffix(".png"))
+    record(out, f"make bench-sharing (--seeds {seeds})", results)
+    picture(lines, measured, out.with_suffix(".png"))
 
 
 def fingerprint() -> str:

@@ -35,6 +35,7 @@ from benchmarks.resnet20 import ResNet20
 from tying import Groups, Tie, TiePlan
 from tying.report.pictures.style import LIGHT
 
+OUT = Path("benchmarks/results/stage_two_memory.json")
 RATIOS = (2, 4, 8, 16, 32)
 BATCHES = (128, 16)
 MEASURES = ("values", "peak_bytes", "state_bytes", "kept_bytes")
@@ -187,8 +188,10 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two ratios, one batch, one process each")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stage_two_memory.json"))
+    parser.add_argument(
+        "--quick", action="store_true", help="two ratios, one batch, one process each; keeps no results"
+    )
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}; none for --quick")
     options = parser.parse_args()
     ratios, batches, processes = ((4, 16), (128,), 1) if options.quick else (RATIOS, BATCHES, 3)
     jobs = [(subject, ratio, batch) for batch in batches for subject in SUBJECTS for ratio in (1, *ratios)]
@@ -204,9 +207,12 @@ def main() -> None:
     for line in lines:
         fewer = "  ".join(f"{key} ÷ {ratio:6.2f}" for key, ratio in line["times_fewer"].items())
         print(f"{line['network']:<18} batch {line['batch']:>3}  peak {line['peak_bytes'] / 1e6:7.2f} MB   {fewer}")
+    out = options.out or (None if options.quick else OUT)
+    if out is None:
+        return
     settings = {"optimizer": "AdamW", "processes": processes, "units": -UNITS, "inputs": -INPUTS}
-    record(options.out, "make bench-stage-two-memory", {"settings": settings, "lines": lines})
-    picture(lines, options.out.with_suffix(".png"))
+    record(out, "make bench-stage-two-memory", {"settings": settings, "lines": lines})
+    picture(lines, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks import memory
+from benchmarks import memory, stage_two_memory
 from benchmarks.stage_two_memory import SUBJECTS, against_dense, drawn, made, perceptron, tied
 from torch import nn
 
@@ -63,6 +63,21 @@ def test_every_class_of_a_tie_is_used() -> None:
     labels = tied("weight", alive, 8, generator).partition.labels
     assert set(labels[~alive]) == {-1}
     assert sorted(set(labels[alive])) == list(range(round(100 * 8**-0.6)))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_run_keeps_no_results(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(subject: str, ratio: float, images: int, *_: object) -> dict[str, Any]:
+        size = round(1e6 / ratio)
+        line = {"network": subject, "ratio": ratio, "batch": images, "values": size}
+        return {**line, "peak_bytes": size, "state_bytes": size, "kept_bytes": size}
+
+    out = tmp_path / "memory.json"
+    monkeypatch.setattr(stage_two_memory, "OUT", out)
+    monkeypatch.setattr(stage_two_memory, "one", one)
+    monkeypatch.setattr("sys.argv", ["stage_two_memory", *["--quick"] * quick])
+    stage_two_memory.main()
+    assert [path.exists() for path in (out, out.with_suffix(".png"))] == 2 * [not quick]
 
 
 def test_lines_are_held_against_the_dense_network_at_the_same_batch() -> None:

@@ -80,6 +80,37 @@ def test_chosen_on_validation_and_gone_on_with(tmp_path: Path, monkeypatch: pyte
     assert sharing.learned(tmp_path, [50, 200], 1) == lines
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Images(train=made_up(400, 0), validation=made_up(100, 1), test=made_up(100, 2))
+    monkeypatch.setattr(sharing, "data", lambda: images)
+    monkeypatch.setattr(sharing, "STEPS", {50: 2, 60: 2, 200: 2})
+
+
+@pytest.mark.usefixtures("small")
+def test_a_few_samples_first_then_all(tmp_path: Path) -> None:
+    """What was the largest number of samples, and seen moved, no longer is."""
+    few = sharing.learned(tmp_path, [50, 60], 1)
+    every = sharing.learned(tmp_path, [50, 60, 200], 2)
+    assert [len(line["by_shift"]) for line in few] == 3 * [1] + 3 * [7]
+    assert [len(line["by_shift"]) for line in every] == 6 * [1] + 3 * [7]
+    assert [line["test"] for line in few] == [line["test"][:1] for line in every[:6]]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_run_keeps_no_results(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sharing.json"
+    cost = {"layer_values": 1, "layer_operations": 1, "file_bytes": 1, "memory": {"peak_bytes": 1}}
+    costs = {layer: {**cost, "epoch_seconds": {"median": 1.0}} for layer in sharing.LAYERS}
+    monkeypatch.setattr(sharing, "STEPS", {300: 1, 1_000: 1})
+    monkeypatch.setattr(sharing, "OUT", out)
+    monkeypatch.setattr(sharing, "costs", lambda rounds: costs)
+    monkeypatch.setattr("sys.argv", ["sharing", "--seeds", "1", "--runs", str(tmp_path / "runs"), *["--quick"] * quick])
+    sharing.main()
+    assert [path.exists() for path in (out, out.with_suffix(".png"))] == 2 * [not quick]
+
+
 def test_layers_see_the_same_samples() -> None:
     split = (torch.arange(100.0), torch.arange(100))
     one, other, third = (sharing.some(split, 10, seed)[1].tolist() for seed in (0, 0, 1))
