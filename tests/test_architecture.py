@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tying"
 WINGS = {"find", "enforce", "train"}
 BASE = {
     *("axes", "errors", "version", "files", "groups", "plan", "models", "equal", "channels", "penalties", "nn"),
-    *("evaluation", "outputs", "patterns", "scripts", "windows", "wiring", "recognise"),
+    *("evaluation", "outputs", "patterns", "scripts", "wiring"),
 }
 """What the wings stand on; the rest stands on the wings."""
 MEETING = {"compress", "cli", "tying"}

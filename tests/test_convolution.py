@@ -19,8 +19,8 @@ from tying.find.convolution import dense_of, hardwired, how_close
 from tying.groups import Groups
 from tying.nn import FlatConv, LocallyConnected1d, LocallyConnected2d
 from tying.plan import Partition, Tie, TiePlan
-from tying.recognise import recognise
-from tying.wiring import Wiring
+from tying.wiring.recognise import recognise
+from tying.wiring.wiring import Wiring
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -13,8 +13,8 @@ from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import FlatConv, LocallyConnected1d, LocallyConnected2d
 from tying.plan import Partition, Tie, TiePlan, qualified
-from tying.recognise import recognise, spells
-from tying.wiring import PlainConv, Wiring
+from tying.wiring.recognise import recognise, spells
+from tying.wiring.wiring import PlainConv, Wiring
 
 LOCAL = (LocallyConnected1d, LocallyConnected2d)
 Geometry: TypeAlias = Wiring | None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tying.windows import Windows
+from tying.wiring.windows import Windows
 
 
 @dataclass(frozen=True)

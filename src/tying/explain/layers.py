@@ -17,7 +17,7 @@ from tying.errors import PlanError
 from tying.explain import costs
 from tying.explain.costs import Cost, Costs, TiedInputs
 from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
-from tying.windows import Windows
+from tying.wiring.windows import Windows
 
 Transposed: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, TiedConv1d, TiedConv2d, TiedConv3d)

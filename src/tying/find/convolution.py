@@ -19,8 +19,8 @@ from tying.errors import PlanError
 from tying.groups import Groups
 from tying.nn import LocallyConnected1d, LocallyConnected2d
 from tying.plan import Tie, TiePlan, qualified
-from tying.windows import Size
-from tying.wiring import PlainConv, Wiring
+from tying.wiring.windows import Size
+from tying.wiring.wiring import PlainConv, Wiring
 
 Local: TypeAlias = LocallyConnected1d | LocallyConnected2d
 

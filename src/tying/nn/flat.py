@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import nn
 
-from tying.windows import Size, Windows, per_dimension
-from tying.wiring import PlainConv, Wiring
+from tying.wiring.windows import Size, Windows, per_dimension
+from tying.wiring.wiring import PlainConv, Wiring
 
 
 class FlatConv(nn.Sequential):

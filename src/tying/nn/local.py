@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tying.errors import PlanError
-from tying.windows import PAD, Size, Windows
+from tying.wiring.windows import PAD, Size, Windows
 
 Local = TypeVar("Local", bound="_LocallyConnected")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.errors import PlanError
-from tying.windows import Size, Windows
+from tying.wiring.windows import Size, Windows
 
 PlainConv = nn.Conv1d | nn.Conv2d
 CONVOLUTIONS: dict[int, type[PlainConv]] = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -94,10 +94,10 @@ class Wiring:
         share, per = self.in_channels // self.groups, self.out_channels // self.groups
         out = np.arange(self.out_channels)[:, None, None]
         seen = np.arange(share)[None, :, None]
-        row = out * self.windows.positions + at
-        column = (out // per * share + seen) * self.windows.inputs + reads[at, taps]
+        output = out * self.windows.positions + at
+        read = (out // per * share + seen) * self.windows.inputs + reads[at, taps]
         kernel = (out * share + seen) * self.windows.taps + taps
-        return (row * self.in_features + column).ravel(), kernel.ravel()
+        return (output * self.in_features + read).ravel(), kernel.ravel()
 
     def weight_labels(self) -> NDArray[np.int64]:
         """Return one label per number of the dense weight, `(O·P·C·S,)`: its place in the kernel, −1: no connection.

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tying.errors import PlanError
 from tying.plan import Partition
-from tying.windows import Windows
-from tying.wiring import Wiring
+from tying.wiring.windows import Windows
+from tying.wiring.wiring import Wiring
 
 
 def spells(wiring: Wiring, shape: tuple[int, int], weight: Partition, bias: Partition | None) -> bool:
@@ -45,14 +45,14 @@ def recognise(shape: tuple[int, int], weight: Partition, bias: Partition | None 
         True
     """
     labels = weight.labels.reshape(shape)
-    row, column = np.nonzero(labels >= 0)
-    if not len(row):
+    output, read_at = np.nonzero(labels >= 0)
+    if not len(output):
         return None
-    entries = _Entries(row, column, labels[row, column])
-    if not (_once(entries.row, entries.label) and _once(entries.column, entries.label)):
+    entries = _Entries(output, read_at, labels[output, read_at])
+    if not (_once(entries.output, entries.label) and _once(entries.read_at, entries.label)):
         return None
-    for out_channels in _blocks(entries.row, entries.label, shape[0]):
-        for in_channels in _blocks(entries.column, entries.label, shape[1]):
+    for out_channels in _blocks(entries.output, entries.label, shape[0]):
+        for in_channels in _blocks(entries.read_at, entries.label, shape[1]):
             positions, inputs = shape[0] // out_channels, shape[1] // in_channels
             for wiring in _fitting(entries, out_channels, in_channels, positions, inputs):
                 if spells(wiring, shape, weight, bias):
@@ -64,8 +64,8 @@ def recognise(shape: tuple[int, int], weight: Partition, bias: Partition | None 
 class _Entries:
     """The connections of a dense weight: where each stands, and its label."""
 
-    row: NDArray[np.int64]
-    column: NDArray[np.int64]
+    output: NDArray[np.int64]
+    read_at: NDArray[np.int64]
     label: NDArray[np.int64]
 
 
@@ -88,14 +88,14 @@ def _blocks(at: NDArray[np.int64], label: NDArray[np.int64], length: int) -> Ite
 
 def _fitting(entries: _Entries, out_channels: int, in_channels: int, positions: int, inputs: int) -> Iterator[Wiring]:
     """The convolutions that fit the connections of the first output channel with one of its input channels."""
-    first = entries.row < positions
-    seen = np.unique(entries.column[first] // inputs)
+    first = entries.output < positions
+    seen = np.unique(entries.read_at[first] // inputs)
     if not len(seen) or in_channels % len(seen) or out_channels % (in_channels // len(seen)):
         return
-    pair = first & (entries.column // inputs == seen[0])
-    row, column, label = entries.row[pair], entries.column[pair] - seen[0] * inputs, entries.label[pair]
+    pair = first & (entries.read_at // inputs == seen[0])
+    output, read_at, label = entries.output[pair], entries.read_at[pair] - seen[0] * inputs, entries.label[pair]
     common = label == np.bincount(label).argmax()
-    tap, whole = (row[common], column[common], label[common]), (row, column, label)
+    tap, whole = (output[common], read_at[common], label[common]), (output, read_at, label)
     for sizes in [((inputs,), (positions,)), *_rectangles(inputs, positions)]:
         if _sliding(*tap, *sizes) is not None and (found := _sliding(*whole, *sizes)) is not None:
             windows = _windows(found, *sizes)
@@ -110,15 +110,15 @@ def _rectangles(inputs: int, positions: int) -> Iterator[tuple[tuple[int, int], 
 
 
 def _sliding(
-    row: NDArray[np.int64],
-    column: NDArray[np.int64],
+    output: NDArray[np.int64],
+    read_at: NDArray[np.int64],
     label: NDArray[np.int64],
     input_size: tuple[int, ...],
     output_size: tuple[int, ...],
 ) -> list[tuple[int, NDArray[np.int64]]] | None:
     """Per dimension, the stride and the offsets of the taps; None where a tap reads somewhere else."""
     found: list[tuple[int, NDArray[np.int64]]] = []
-    places = zip(np.unravel_index(row, output_size), np.unravel_index(column, input_size), strict=True)
+    places = zip(np.unravel_index(output, output_size), np.unravel_index(read_at, input_size), strict=True)
     for out, read in places:
         stride = _stride(out, read, label)
         if stride is None:
