@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -283,6 +284,18 @@ def test_no_geometry_is_found_in_other_labels() -> None:
     assert recognise((3, 3), Partition([-1] * 9)) is None
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def replaced(conv: nn.Conv2d) -> nn.Conv2d:
+    """A forward of its own in the layer, not in its class."""
+    other = copy.deepcopy(conv)
+    other.forward = lambda input: 2 * conv(input)
+    return other
+
+
 def test_refused_before_anything_is_made() -> None:
     conv = nn.Conv2d(1, 1, 3)
     with pytest.raises(PlanError, match="input_size: expected the size of one channel"):
@@ -293,6 +306,10 @@ def test_refused_before_anything_is_made() -> None:
         hardwired(LocallyConnected2d.from_conv(conv, 5), 5)
     with pytest.raises(PlanError, match=r"conv: expected an nn.Conv1d or nn.Conv2d"):
         dense_of(cast(Any, nn.Linear(2, 2)), 2)
+    for make in (dense_of, hardwired, FlatConv):
+        for own in (Doubled(1, 1, 3), replaced(conv)):
+            with pytest.raises(PlanError, match="has a forward of its own"):
+                make(own, 5)
     with pytest.raises(PlanError, match="geometry: expected what"):
         Wiring.from_text("{}")
     with pytest.raises(PlanError):

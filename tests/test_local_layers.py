@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -218,6 +219,11 @@ def test_onnx_computes_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(got), local(x), rtol=1e-4, atol=1e-5)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "too small an input": (lambda: LocallyConnected2d(1, 1, 2, 3), "input_size: expected an input"),
     "groups that don't divide": (lambda: LocallyConnected2d(3, 4, 5, 3, groups=2), "groups: expected a divisor"),
@@ -231,6 +237,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: LocallyConnected1d(1, 1, 3, 3, 1, 3, padding_mode="reflect"),
         "padding: expected reflect",
     ),
+    "a size with a half": (lambda: LocallyConnected2d(1, 1, 5, 3.0), "kernel_size: expected an integer or 2"),  # type: ignore[arg-type]
+    "no size": (lambda: LocallyConnected1d(1, 1, None, 3), "input_size: expected an integer or 1"),  # type: ignore[arg-type]
+    "a stride of True": (lambda: LocallyConnected1d(1, 1, 5, 3, True), "stride: expected an integer or 1"),
+    "no channels": (lambda: LocallyConnected1d(0, 1, 5, 3), "in_channels: expected an integer ≥ 1, got 0"),
+    "half a channel": (lambda: LocallyConnected1d(1, 0.5, 5, 3), "out_channels: expected an integer ≥ 1, got 0.5"),  # type: ignore[arg-type]
+    "groups that are none": (lambda: LocallyConnected1d(1, 1, 5, 3, groups=None), "groups: expected an integer ≥ 1"),  # type: ignore[arg-type]
+    "a layer without values": (
+        lambda: LocallyConnected1d(1, 1, 5, 3, device="meta").to_conv(),
+        "weight: expected values to compare, got a layer on the meta device",
+    ),
+    "a forward of its own": (lambda: LocallyConnected2d.from_conv(Doubled(1, 1, 3), 5), "forward of its own"),
     "another layer": (lambda: LocallyConnected2d.from_conv(nn.Conv1d(1, 1, 1), 5), "conv: expected Conv2d"),  # type: ignore[arg-type]
 }
 
@@ -246,3 +263,19 @@ def test_what_makes_no_sense_is_refused(name: str) -> None:
 def test_an_input_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError, match="expected an input of shape"):
         LocallyConnected2d(3, 4, 6, 3)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_empty_batch_gives_an_empty_batch(groups: int) -> None:
+    local = LocallyConnected2d(2, 4, (6, 5), 3, stride=2, padding=1, groups=groups)
+    made = local(torch.zeros(0, 2, 6, 5))
+    assert made.shape == (0, 4, 3, 3)
+    made.sum().backward()
+    assert local.weight.grad is not None
+    assert not local.weight.grad.any()
+
+
+def test_sizes_may_be_of_numpy() -> None:
+    local = LocallyConnected2d(np.int64(2), np.int32(4), np.array([6, 5]), np.int64(3), groups=np.int64(2))  # type: ignore[arg-type]
+    assert all(type(n) is int for n in (local.in_channels, local.out_channels, local.groups, *local.input_size))
+    assert local(torch.zeros(1, 2, 6, 5)).shape == (1, 4, 4, 3)

@@ -309,3 +309,16 @@ def test_what_cannot_be_tied_is_refused_by_name(call, message):
 def test_an_input_of_another_size_is_refused():
     with pytest.raises(RuntimeError, match="expected 3 inputs in dimension 1"):
         TiedLinear([0, 0, 1], 2)(torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+def test_forward_derivatives_where_no_gradient_is_recorded(make, shape):
+    torch.manual_seed(0)
+    tied = tie(make().double(), LABELS["ties and zeros"])
+    x, direction = torch.randn(2, *shape, dtype=torch.float64)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        made = tied(torch.autograd.forward_ad.make_dual(x, direction))
+        moved = torch.autograd.forward_ad.unpack_dual(made).tangent
+        expected = tied(direction) - tied(torch.zeros_like(direction))
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)

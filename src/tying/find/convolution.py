@@ -41,8 +41,9 @@ def hardwired(layer: PlainConv | Local, input_size: Size | None = None, *, name:
         name: Of the layer to tie, in the model that `tie_` will be given.
 
     Raises:
-        PlanError: If the input size is missing or too small, or two taps of the convolution read one input at one
-            position (reflected and repeated borders): their weights add up in the dense layer.
+        PlanError: If the convolution has a forward of its own; if the input size is missing or too small, or two taps
+            of the convolution read one input at one position (reflected and repeated borders): their weights add up in
+            the dense layer.
 
     Source: Goodfellow, Bengio, Courville, *Deep Learning*, section 9.2: a convolution is a dense layer with an
         infinitely strong prior on its weights.
@@ -84,7 +85,7 @@ def dense_of(conv: PlainConv, input_size: Size) -> nn.Linear:
         `nn.Linear(C·S, O·P)` with the convolution's dtype, device, mode and `requires_grad`; nothing is tied yet.
 
     Raises:
-        PlanError: If it is another kind of layer, or the kernel does not fit into the input.
+        PlanError: If it is another kind of layer, has a forward of its own, or the kernel does not fit into the input.
 
     Example:
         >>> conv = nn.Conv2d(1, 2, 3)
@@ -143,6 +144,10 @@ class Closeness:
 
 def how_close(layer: Local, plan: TiePlan | None = None, *, name: str = "") -> Closeness:
     """Return how close a locally connected layer came to a convolution.
+
+    `explained = Σ_j n_j · w̄_j² ÷ Σ_j Σ_p m_pj · w_pj²`, in float64, over the numbers j of a kernel and the positions p:
+    `m_pj` is 1 where tap j reads an input at p, else 0, `n_j = Σ_p m_pj`, and `w̄_j = Σ_p m_pj · w_pj ÷ n_j`.
+    `with_kernels` is the same with one mean for each label of the plan, pruned positions counting as zero.
 
     Args:
         layer: Trained, with a tying penalty over its positions or without; not written to.

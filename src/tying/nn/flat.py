@@ -6,12 +6,15 @@ from typing import cast
 
 from torch import nn
 
+from tying.wiring.plain import check_plain
 from tying.wiring.windows import Size, Windows, per_dimension
 from tying.wiring.wiring import PlainConv, Wiring
 
 
 class FlatConv(nn.Sequential):
     """`Unflatten → Conv → Flatten`: a convolution that takes and gives what the dense layer of the same map does.
+
+    `y = flatten(conv(unflatten(x)))`.
 
     Shapes: input `(N, C·S)` or `(C·S,)`, output `(N, O·P)` or `(O·P,)`; `flat.conv` is the `nn.Conv1d` or `nn.Conv2d`.
 
@@ -20,7 +23,7 @@ class FlatConv(nn.Sequential):
         input_size: Of one channel.
 
     Raises:
-        PlanError: If the kernel does not fit into the input.
+        PlanError: If the convolution has a forward of its own, or the kernel does not fit into the input.
 
     Example:
         >>> import torch
@@ -29,6 +32,7 @@ class FlatConv(nn.Sequential):
     """
 
     def __init__(self, conv: PlainConv, input_size: Size) -> None:
+        check_plain(conv, [nn.Conv1d, nn.Conv2d])
         size = per_dimension("input_size", input_size, len(conv.kernel_size))
         Windows.of_conv(conv, size)
         channels_too = (-1, *size)  # −1: channels that compact removes need no further word

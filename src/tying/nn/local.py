@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tying.errors import PlanError
-from tying.wiring.windows import PAD, Size, Windows
+from tying.wiring.plain import check_plain
+from tying.wiring.windows import PAD, Size, Windows, whole
 
 Local = TypeVar("Local", bound="_LocallyConnected")
 
@@ -44,7 +45,9 @@ class _LocallyConnected(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        in_channels, out_channels = whole("in_channels", in_channels, 1), whole("out_channels", out_channels, 1)
+        groups = whole("groups", groups, 1)
+        if in_channels % groups or out_channels % groups:
             raise PlanError(
                 f"groups: expected a divisor of {in_channels} inputs and {out_channels} outputs, got {groups}; "
                 "1 connects all channels"
@@ -84,10 +87,12 @@ class _LocallyConnected(nn.Module):
             input_size: Of one channel.
 
         Raises:
-            PlanError: If it is another kind of layer, or the input is smaller than the kernel.
+            PlanError: If it is another kind of layer, has a forward of its own, or the input is smaller than the
+                kernel.
         """
         if not isinstance(conv, cls.plain) or isinstance(conv.weight, nn.UninitializedParameter):
             raise PlanError(f"conv: expected {cls.plain.__name__} with a weight, got {conv}; pass one")
+        check_plain(conv, [cls.plain])
         weight, bias = conv.weight, cast("nn.Parameter | None", conv.bias)
         local = cls(
             conv.in_channels,
@@ -121,8 +126,14 @@ class _LocallyConnected(nn.Module):
                 `math.inf` gives the nearest convolution whatever its distance.
 
         Raises:
-            PlanError: If the positions differ by more.
+            PlanError: If the positions differ by more, or the layer is on the meta device, where there are
+                no values to compare.
         """
+        if self.weight.is_meta:
+            raise PlanError(
+                "weight: expected values to compare, got a layer on the meta device; load it first, or take "
+                "empty_conv()"
+            )
         weight, apart = self._mean(self.weight, self._connected())
         limit = tolerance * max(float(weight.abs().max()), torch.finfo(torch.float64).tiny)
         bias, bias_apart = (None, 0.0) if self.bias is None else self._mean(self.bias, None)
@@ -178,14 +189,15 @@ class _LocallyConnected(nn.Module):
         if any(self.windows.pads):
             x = functional.pad(x, self.windows.pads, mode=PAD[self.padding_mode])
         batch, products = x.shape[0], self.windows.positions * self.groups
-        weight = self.weight.reshape(products, self.out_channels // self.groups, -1)
+        terms = math.prod(self.weight.shape[2:])  # not −1: an empty batch has no numbers to find it from
+        weight = self.weight.reshape(products, self.out_channels // self.groups, terms)
         offset = None if self.bias is None else self.bias.reshape(products, -1, 1)
         if batch == 1:  # a product with one vector is faster from the other side
-            read = self._windows_of_one(x).reshape(products, 1, -1)
+            read = self._windows_of_one(x).reshape(products, 1, terms)
             weight = weight.transpose(1, 2)
             made = torch.bmm(read, weight) if offset is None else torch.baddbmm(offset.transpose(1, 2), read, weight)
         else:
-            read = self._windows(x).reshape(products, -1, batch)
+            read = self._windows(x).reshape(products, terms, batch)
             made = torch.bmm(weight, read) if offset is None else torch.baddbmm(offset, weight, read)
         made = made.reshape(self.windows.positions, self.out_channels, batch).permute(2, 1, 0)
         return made.contiguous().reshape(batch, self.out_channels, *self.output_size)
@@ -238,10 +250,25 @@ class LocallyConnected1d(_LocallyConnected):
     """`torch.nn.Conv1d` with a kernel of its own at every position.
 
     Shapes: input `(N, in_channels, L)` or `(in_channels, L)`, output `(N, out_channels, P)`, `weight (P, out_channels,
-    in_channels / groups, kernel)`, `bias (P, out_channels)`; any floating-point dtype. See `LocallyConnected2d`.
+    in_channels / groups, kernel)`, `bias (P, out_channels)`; any floating-point dtype.
+    `y[n, o, p] = bias[p, o] + Σ_{c, k} weight[p, o, c, k] · x[n, c, stride·p + dilation·k − padding]`.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        input_size: L of the inputs; no other length can be passed.
+        kernel_size: As for `torch.nn.Conv1d`; so are the following.
+        stride: Step between two positions.
+        padding: A number, "same" or "valid".
+        dilation: Step between two taps.
+        groups: Of channels that see each other.
+        bias: Whether to add a learned bias, per position and channel.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device: Where the tensors live.
+        dtype: Of weight and bias.
 
     Raises:
-        PlanError: If the sizes are malformed, or the kernel does not fit into the input.
+        PlanError: If a size is no integer or out of its range, or the kernel does not fit into the input.
 
     Example:
         >>> LocallyConnected1d(3, 4, 8, kernel_size=3, padding=1)(torch.randn(2, 3, 8)).shape

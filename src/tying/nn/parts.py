@@ -14,6 +14,9 @@ for large blocks at every call takes about as long as the products of a small la
 def in_parts(layer: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
     """Return `layer(batch)`, computed in parts of at most `PART` bytes of output: `(N, …)` → `(N, …)`, no gradients.
 
+    In ⌈size ÷ PART⌉ parts, at least one and at most N, which differ by one sample at most; any dtype, that of the
+    layer's outputs is returned.
+
     Args:
         layer: Computes each sample by itself.
         batch: N samples.

@@ -7,7 +7,6 @@ summing does not pay, `way` makes a layer read its inputs as the dense one does;
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -20,10 +19,10 @@ from tying.groups import Groups
 from tying.nn.parts import in_parts
 from tying.nn.sums import runs_at_once, select, sum_by_label
 from tying.plan import Partition
+from tying.wiring.windows import Size, per_dimension
 
 Way: TypeAlias = Literal["sum", "select", "dense"]
 WAYS: tuple[Way, ...] = ("sum", "select", "dense")
-Size: TypeAlias = int | Sequence[int]
 PlainConv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Conv = TypeVar("Conv", bound="_TiedConv")
 
@@ -288,12 +287,7 @@ class _TiedConv(_TiedInputs):
         )
 
     def _per_dimension(self, name: str, size: Size) -> tuple[int, ...]:
-        sizes = (size,) * self.dimensions if isinstance(size, int) else tuple(size)
-        if len(sizes) != self.dimensions:
-            raise PlanError(
-                f"{name}: expected an integer or {self.dimensions} of them, got {size}; pass one of the two"
-            )
-        return sizes
+        return per_dimension(name, size, self.dimensions)
 
 
 class TiedConv1d(_TiedConv):

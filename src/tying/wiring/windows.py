@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -184,7 +185,7 @@ class Windows:
 
         Found by moving the numbers 0 … S − 1 as the convolution moves its inputs.
         """
-        numbers = torch.arange(1.0, self.inputs + 1, dtype=torch.float64).reshape(1, 1, *self.input_size)
+        numbers = torch.arange(1.0, self.inputs + 1, dtype=torch.float64, device="cpu").reshape(1, 1, *self.input_size)
         moved = functional.pad(numbers, self.pads, mode=PAD[self.padding_mode])[0, 0]
         for axis, (kernel, stride, dilation) in enumerate(
             zip(self.kernel_size, self.stride, self.dilation, strict=True)
@@ -202,9 +203,32 @@ def per_dimension(name: str, size: Size, dimensions: int) -> tuple[int, ...]:
     """Return one integer per dimension.
 
     Raises:
-        PlanError: If there are more or fewer.
+        PlanError: If there are more or fewer, or one is no integer.
+
+    Example:
+        >>> per_dimension("stride", 2, 2), per_dimension("stride", np.array([1, 3]), 2)
+        ((2, 2), (1, 3))
     """
-    sizes = (size,) * dimensions if isinstance(size, int) else tuple(size)
-    if len(sizes) != dimensions:
-        raise PlanError(f"{name}: expected an integer or {dimensions} of them, got {size}; pass one of the two")
-    return sizes
+    given: list[Any] = list(cast("Sequence[Any]", size)) if isinstance(size, Iterable) else [size] * dimensions
+    try:
+        if len(given) == dimensions and not isinstance(size, str):
+            return tuple(whole(name, each) for each in given)
+    except PlanError:
+        pass
+    raise PlanError(f"{name}: expected an integer or {dimensions} of them, got {size!r}; pass one of the two")
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer, numpy's too, as Python's.
+
+    Raises:
+        PlanError: If it is none, is True or False, or is less than the least.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        wanted = "an integer" if least is None else f"an integer ≥ {least}"
+        raise PlanError(f"{name}: expected {wanted}, got {value!r}; pass one")
+    return number

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.errors import PlanError
-from tying.wiring.windows import Size, Windows
+from tying.wiring.plain import check_plain
+from tying.wiring.windows import Size, Windows, whole
 
 PlainConv = nn.Conv1d | nn.Conv2d
 CONVOLUTIONS: dict[int, type[PlainConv]] = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -32,6 +33,9 @@ class Wiring:
         groups: Of channels that see each other.
         windows: P positions, K taps, inputs of S numbers per channel.
 
+    Raises:
+        PlanError: If a number is no integer ≥ 1, the groups do not divide the channels, or there are three dimensions.
+
     Example:
         >>> wiring = Wiring.of_conv(nn.Conv1d(1, 1, 2), 3)
         >>> wiring.weight_labels().reshape(2, 3)
@@ -47,9 +51,9 @@ class Wiring:
     def __post_init__(self) -> None:
         if self.windows.dimensions not in CONVOLUTIONS:
             raise PlanError(f"dimensions: expected 1 or 2, got {self.windows.dimensions}; flatten one of them")
-        if min(self.in_channels, self.out_channels, self.groups) < 1 or (
-            self.in_channels % self.groups or self.out_channels % self.groups
-        ):
+        for name in ("in_channels", "out_channels", "groups"):
+            whole(name, getattr(self, name), 1)
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise PlanError(
                 f"groups: expected a divisor of {self.in_channels} and {self.out_channels} channels, got {self.groups}"
             )
@@ -59,10 +63,12 @@ class Wiring:
         """Build from a convolution and the size of its inputs without the channels; its weights are not read.
 
         Raises:
-            PlanError: If it is another kind of layer, or the kernel does not fit into the input.
+            PlanError: If it is another kind of layer, has a forward of its own, or the kernel does not fit into the
+                input.
         """
         if not isinstance(conv, (nn.Conv1d, nn.Conv2d)) or conv.in_channels == 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(f"conv: expected an nn.Conv1d or nn.Conv2d with its sizes, got {conv}; pass one")
+        check_plain(conv, CONVOLUTIONS.values())
         return Wiring(conv.in_channels, conv.out_channels, conv.groups, Windows.of_conv(conv, input_size))
 
     @property
@@ -142,7 +148,11 @@ class Wiring:
         return (summed / torch.bincount(labels, minlength=size).clamp(min=1)).reshape(self.kernel_shape)
 
     def conv(self, *, bias: bool, device: Any = None, dtype: torch.dtype | None = None) -> PlainConv:
-        """Return a convolution of this geometry with fresh weights."""
+        """Return a convolution of this geometry with fresh weights, of the dtype and on the device that are given.
+
+        Raises:
+            PlanError: If no convolution of torch pads so.
+        """
         windows = self.windows
         return CONVOLUTIONS[windows.dimensions](
             self.in_channels,
