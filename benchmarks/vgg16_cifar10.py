@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import StepLR
 import tying
 from benchmarks.data import CACHE, cifar10
 from benchmarks.record import record
+from benchmarks.training import accuracy
 from benchmarks.vgg16 import WEIGHTS, WIDTHS, Vgg16, augmented, layers, regularised, standardised
 from tying import GroupLasso, Groups, GrOWL, Tie, TiePlan
 from tying.penalties.sequences import Pld
@@ -126,8 +127,13 @@ def train(
     path: Path,
     penalty: str = "none",
 ) -> float:
-    """Train for the stage's epochs, from where the checkpoint at `path` stands if there is one; return the seconds."""
+    """Train for the stage's epochs, from where the checkpoint at `path` stands if there is one; return the seconds.
+
+    Raises:
+        ValueError: If the checkpoint is of other settings, images or widths; the number of epochs may be another one.
+    """
     images, labels = split
+    setting = held(model, split, stage, batch, decay, seed, penalty)
     steps = len(labels) // batch
     optimizer = optimizer_of(model, stage.rate, decay)
     schedule = StepLR(optimizer, stage.decay_every, 0.1)
@@ -135,7 +141,7 @@ def train(
     if penalty != "none":
         handle = tying.proximal(optimizer, model, rules(model, penalty, steps), every="epoch", freeze_zeros=True)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, **({"handle": handle} if handle else {})}
-    done, seconds = resume(path, parts, images.device)
+    done, seconds = resume(path, parts, setting, images.device)
     for epoch in range(done, stage.epochs):
         begun = time.perf_counter()
         _epoch(model, optimizer, split, batch, torch.Generator().manual_seed(1000 * seed + epoch))
@@ -143,7 +149,7 @@ def train(
         if handle is not None:
             handle.epoch_end()
         seconds += time.perf_counter() - begun
-        save(path, parts, epoch + 1, seconds)
+        save(path, parts, setting, epoch + 1, seconds)
         left = seconds / (epoch + 1) * (stage.epochs - epoch - 1) / 60
         print(
             f"{path.stem}: epoch {epoch + 1} of {stage.epochs}, about {left:.0f} min left", file=sys.stderr, flush=True
@@ -151,6 +157,23 @@ def train(
     if handle is not None:
         handle.remove()
     return seconds
+
+
+def held(
+    model: nn.Module, split: Split, stage: Stage, batch: int, decay: float, seed: int, penalty: str
+) -> dict[str, Any]:
+    """Return what a checkpoint says it was made with; the number of epochs may be another one."""
+    return {
+        "rate": stage.rate,
+        "decay_every": stage.decay_every,
+        "batch": batch,
+        "decay": decay,
+        "seed": seed,
+        "penalty": penalty,
+        "strengths": [list(pair) for pair in STRENGTHS] if penalty != "none" else [],
+        "images": len(split[1]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def _epoch(model: nn.Module, optimizer: SGD, split: Split, batch: int, generator: torch.Generator) -> None:
@@ -165,20 +188,31 @@ def _epoch(model: nn.Module, optimizer: SGD, split: Split, batch: int, generator
         optimizer.step()
 
 
-def save(path: Path, parts: Mapping[str, Any], epoch: int, seconds: float) -> None:
+def save(path: Path, parts: Mapping[str, Any], setting: Mapping[str, Any], epoch: int, seconds: float) -> None:
     """Write what a later call goes on from, whole or not at all."""
-    state = {"epoch": epoch, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}}
+    state: dict[str, Any] = {"setting": dict(setting), "epoch": epoch, "seconds": seconds}
+    state |= {name: part.state_dict() for name, part in parts.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     torch.save(state, scratch)
     scratch.replace(path)
 
 
-def resume(path: Path, parts: Mapping[str, Any], device: torch.device) -> tuple[int, float]:
-    """Bring the parts to where the checkpoint stands; return its epoch and the seconds it took: 0 without one."""
+def resume(path: Path, parts: Mapping[str, Any], setting: Mapping[str, Any], device: torch.device) -> tuple[int, float]:
+    """Bring the parts to where the checkpoint stands; return its epoch and the seconds it took: 0 without one.
+
+    Raises:
+        ValueError: If it was made with another setting.
+    """
     if not path.is_file():
         return 0, 0.0
     state = torch.load(path, map_location=device, weights_only=True)
+    if (held := state.get("setting")) != setting:
+        unlike = [f"{name} = {(held or {}).get(name)}" for name in setting if (held or {}).get(name) != setting[name]]
+        raise ValueError(
+            f"{path}: expected a checkpoint with {dict(setting)}, got {', '.join(unlike)}; remove it, or give --runs "
+            "another folder"
+        )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["epoch"], state["seconds"]
@@ -218,16 +252,6 @@ def papers_measures(model: nn.Module, plan: TiePlan) -> dict[str, float]:
     return {"sparsity": 1 - left / total, "sharing": left / unique, "compression": total / unique}
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Return the percentage of images that the network names rightly."""
-    model.eval()
-    right = [
-        model(standardised(x)).argmax(1) == y for x, y in zip(split[0].split(500), split[1].split(500), strict=True)
-    ]
-    return 100 * torch.cat(right).double().mean().item()
-
-
 def run(method: str, setting: Setting, seed: int, train_split: Split, test: Split, folder: Path) -> dict[str, Any]:
     """Train one line of the table in both stages, and measure what is left; or go on where an earlier call stopped."""
     penalty, decay = METHODS[method]
@@ -236,7 +260,8 @@ def run(method: str, setting: Setting, seed: int, train_split: Split, test: Spli
     model = Vgg16(setting.widths).to(train_split[0].device)
     common = {"batch": setting.batch, "decay": decay, "seed": seed}
     seconds = [train(model, train_split, setting.one, path=folder / f"{name}-one.pt", penalty=penalty, **common)]
-    row = {"method": method, "seed": seed, "test_after_stage_one": accuracy(model, test), "seconds": seconds}
+    row: dict[str, Any] = {"method": method, "seed": seed, "seconds": seconds}
+    row["test_after_stage_one"] = accuracy(model, test, standardised)
     if collapsed := [name for name in regularised(model) if _alive(model, name) < LEAST]:
         return {**row, "collapsed": collapsed}
     plan = plan_for(model)
@@ -252,13 +277,13 @@ def _alive(model: nn.Module, name: str) -> int:
 
 def measured(model: nn.Module, tied: nn.Module, plan: TiePlan, test: Split) -> dict[str, Any]:
     """Return the accuracy and the sizes, the paper's and ours, of a network after stage two; it is untied."""
-    reached = accuracy(tied, test)
+    reached = accuracy(tied, test, standardised)
     tying.untie_(tied)
     small = tying.compact(tied.cpu().eval(), plan, standardised(test[0][:2].cpu()))
     report = tying.measure(small, like=model.cpu(), latency=False)
     return {
         "test": reached,
-        "test_compacted": accuracy(small.to(test[0].device), test),
+        "test_compacted": accuracy(small.to(test[0].device), test, standardised),
         "papers_measures": papers_measures(model, plan),
         "unique": report.unique,
         "stored": report.stored,

@@ -98,7 +98,7 @@ def test_images_are_crops_of_what_was_padded_then_standardised() -> None:
     assert torch.equal(standardised(torch.full((1, 3, 32, 32), 7)), torch.zeros(1, 3, 32, 32))
 
 
-Resume = Callable[[Path, Mapping[str, Any], torch.device], tuple[int, float]]
+Resume = Callable[[Path, Mapping[str, Any], Mapping[str, Any], torch.device], tuple[int, float]]
 
 
 def law_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, resume: Resume) -> None:
@@ -129,11 +129,27 @@ def test_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_forgotten_is_found_out(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resume = bench.resume
 
-    def twin(path: Path, parts: Mapping[str, Any], device: torch.device) -> tuple[int, float]:
-        return resume(path, {name: part for name, part in parts.items() if name != forgotten}, device)
+    def twin(
+        path: Path, parts: Mapping[str, Any], setting: Mapping[str, Any], device: torch.device
+    ) -> tuple[int, float]:
+        return resume(path, {name: part for name, part in parts.items() if name != forgotten}, setting, device)
 
     with pytest.raises(AssertionError):
         law_goes_on(tmp_path, monkeypatch, twin)
+
+
+@pytest.mark.parametrize(
+    "other", [{"decay": 0.0}, {"batch": 8}, {"seed": 1}, {"penalty": "none"}, {"stage": bench.Stage(2, 1e-3, 2)}]
+)
+def test_a_checkpoint_of_another_setting_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    path, split = tmp_path / "one.pt", made_up(32, 0)
+    common = {"stage": bench.Stage(1, 1e-2, 2), "batch": 16, "decay": 2e-3, "seed": 0, "penalty": "GrOWL"}
+    bench.train(narrow(), split, path=path, **common)
+    before = path.read_bytes()
+    name = "rate" if "stage" in other else next(iter(other))
+    with pytest.raises(ValueError, match=rf"got {name} = "):
+        bench.train(narrow(), split, path=path, **{**common, **other})
+    assert path.read_bytes() == before
 
 
 def test_plan_ties_what_is_alike_and_nothing_else() -> None:
