@@ -367,3 +367,46 @@ def test_explain_says_what_sharing_saves_and_draws(flag: tuple[str, ...], tmp_pa
     else:
         assert "6×6 positions" in result.stdout
         assert result.stdout.endswith(f"picture: {picture}\n")
+
+
+UNTRACED = """
+import torch
+from torch import nn
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3)
+
+    def forward(self, x):
+        return self.conv(x) if float(x.sum()) > 0 else x
+
+def model():
+    return Branches()
+
+def example_inputs():
+    return torch.ones(1, 1, 6)
+"""
+
+
+def test_explain_says_what_it_knows_where_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    (tmp_path / "branches.py").write_text(UNTRACED, encoding="utf-8")
+    result = run("explain", tmp_path / "branches.py", "--out", tmp_path / "fields.png")
+    assert result.exit_code == 0
+    assert "What is stored" in result.stdout
+    assert result.stderr == "no picture: there is nothing to draw\n"
+    assert not (tmp_path / "fields.png").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "example_inputs"])
+def test_explain_names_the_function_of_the_file_that_fails(name: str, tmp_path: Path) -> None:
+    text = LENET + f"\ndef {name}():\n    raise KeyError('layers')\n"
+    (tmp_path / "lenet.py").write_text(text, encoding="utf-8")
+    result = run("explain", tmp_path / "lenet.py")
+    assert result.exit_code == 1
+    assert f"lenet.py: expected {name}() to return, got KeyError('layers')" in " ".join(result.stderr.split())
+
+
+def test_explain_looks_at_the_place_of_the_picture_before_it_starts(tmp_path: Path) -> None:
+    result = run("explain", tmp_path / "none.py", "--out", tmp_path / "fields.jpg")
+    assert "path: expected a name that ends with .png" in " ".join(result.stderr.split())

@@ -304,16 +304,23 @@ def explain(
     """
     with _ending_cleanly(), _only_json(as_json):
         from tying import explain as say
-        from tying.explain import load_example
+        from tying.explain import check_place, load_example
 
+        if out is not None:
+            check_place(out)
         explanation = say(*load_example(model), shifts=shifts)
-        drawn = None if out is None else explanation.draw(out)
+    if not as_json:
+        typer.echo(str(explanation))
+    drawn = None
+    if out is not None and not explanation.can_be_drawn:
+        typer.secho("no picture: there is nothing to draw", err=True, fg=typer.colors.YELLOW)
+    elif out is not None:
+        with _ending_cleanly(), _only_json(as_json):
+            drawn = explanation.draw(out)
     if as_json:
         _print_json({**json.loads(explanation.to_json()), "files": {} if drawn is None else {"picture": str(drawn)}})
-    else:
-        typer.echo(str(explanation))
-        if drawn is not None:
-            typer.echo(f"\npicture: {drawn}")
+    elif drawn is not None:
+        typer.echo(f"\npicture: {drawn}")
 
 
 def _draw(data: Any, path: Path) -> Path | None:

@@ -14,7 +14,7 @@ from tying.channels.graph import Call, Graph, export
 from tying.channels.operations import IDENTITIES
 from tying.errors import CompactError, TyingError
 from tying.evaluation import evaluating
-from tying.explain.marks import Known, Rule, Several, names
+from tying.explain.marks import Known, Rule, Several, names, ones
 from tying.explain.spreads import rule
 
 Mark: TypeAlias = "Tensor | list[Tensor]"
@@ -71,6 +71,14 @@ class Dependence:
     """Which elements depend on the input at all, of the input and of every step."""
     modules: Mapping[str, tuple[tuple[fx.Node, ...], ...]]
     """By the name of a module, the nodes of each of its calls."""
+
+    def calls_of(self, name: str) -> list[list[fx.Node]]:
+        """Return the nodes of each call of a module that vary with the input."""
+        return [[node for node in call if node in self.varies] for call in self.modules.get(name, ())]
+
+    def first_call(self, name: str) -> list[fx.Node]:
+        """Return the nodes of the first call of a module that vary with the input; none if there is no call."""
+        return next(iter(self.calls_of(name)), [])
 
     @property
     def inexact(self) -> tuple[str, ...]:
@@ -165,7 +173,7 @@ def _trace(graph: Graph, inputs: Sequence[Any]) -> Dependence:
         value = next(waiting) if origin.kind == "input" else origin.tensor
         values[node] = value.detach().cpu() if isinstance(value, Tensor) else value
         if origin.kind == "input" and source is None and isinstance(value, Tensor):
-            source, everything = node, torch.ones(value.shape)
+            source, everything = node, ones(*value.shape)
             varies[node], values[node] = everything, Known(values[node], everything.bool())
     if source is None:
         raise TyingError("example_inputs: expected a tensor first, got none; pass a batch as the model takes it")

@@ -11,10 +11,13 @@ from math import ceil, floor
 import torch
 from torch import Tensor, fx, nn
 
+from tying.explain.calls import Watched, check_finite, watching
 from tying.explain.dependence import Dependence
-from tying.explain.layers import watching
-from tying.explain.planes import is_pool, is_spatial, places
+from tying.explain.marks import zeros
+from tying.explain.planes import crossed, is_pool, is_spatial, places
 from tying.explain.scales import Grid, Scale, find_scales
+
+NOISE = "for noise as bright as the example, which is shifted; shifts=0 measures none"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Equivariance:
     through: tuple[Shift, ...]
     """The input of the network is shifted."""
     broken_by: tuple[str, ...]
-    """What breaks it in the layer alone: "stride 2", "pooling by 2", "padding", "weights of its own at each place"."""
+    """What breaks it in the layer alone: "stride 2", "pooling by 2", "resampling by 0.5", "padding", or "weights of
+    its own at each place"."""
 
 
 @dataclass(frozen=True)
@@ -134,20 +138,19 @@ def _spatial_layers(model: nn.Module, dependence: Dependence) -> Mapping[str, tu
     order = {step.node: place for place, step in enumerate(dependence.steps)}
     found: dict[str, tuple[nn.Module, fx.Node, fx.Node]] = {}
     for name, module in model.named_modules():
-        calls = dependence.modules.get(name, ())
-        inside = [node for node in calls[0] if node in operands] if calls and is_spatial(module) else []
-        if inside:
+        if is_spatial(module) and (inside := dependence.first_call(name)):
             found[name] = module, operands[inside[0]][0], inside[-1]
     return dict(sorted(found.items(), key=lambda item: order[item[1][2]]))
 
 
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Watched]:
     """What each spatial layer takes and gives at its first call."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, Watched] = {}
 
-    def see(name: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
+    def see(name: str, module: nn.Module, call: Watched) -> None:
         if is_spatial(module):
-            seen.setdefault(name, (given, made))
+            check_finite(name or type(module).__name__, call.made, NOISE)
+            seen.setdefault(name, call)
 
     with torch.no_grad(), watching(model, see):
         model(*inputs)
@@ -157,13 +160,13 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Te
 def _alone(
     module: nn.Module,
     dependence: Dependence,
-    seen: tuple[Tensor, Tensor],
+    seen: Watched,
     shifts: int,
     ends: tuple[fx.Node, fx.Node],
     stride: Scale,
 ) -> tuple[tuple[Shift, ...], bool]:
     """Shift the layer's own input; say also whether any of its units see padding."""
-    given, output = seen
+    given, output = seen.given, seen.made
     start, end = ends
     first = _Run(output, _padded(dependence, start, end, given, None))
     measured: list[Shift] = []
@@ -171,7 +174,8 @@ def _alone(
         parts: list[_Part] = []
         for (place, axis), to in product(enumerate(places(module, output.ndim)), (by, -by)):
             with torch.no_grad():
-                moved = module(shifted(given, to, axis))
+                moved = seen.again(shifted(given, to, axis))
+            check_finite(type(module).__name__, moved, NOISE)
             second = _Run(moved, _padded(dependence, start, end, given, (to, axis)))
             distance = to / stride[place]
             parts.append(_compare(first, second, axis, distance, distance.denominator == 1))
@@ -190,9 +194,8 @@ def _through(
     """Shift the input of the network: what every layer has of it, in one pass for each shift and dimension."""
     x, *others = inputs
     dimensions = len(scales[dependence.source].scale)
-    zeros = torch.zeros(x.shape)
-    before = dependence.forward({dependence.source: zeros}, edges=True)
-    plain = {name: made for name, (_, made) in _outputs(model, inputs).items()}
+    before = dependence.forward({dependence.source: zeros(*x.shape)}, edges=True)
+    plain = {name: call.made for name, call in _outputs(model, inputs).items()}
     parts: dict[str, dict[int, list[_Part]]] = {}
     for by in range(1, shifts + 1):
         for place, to in product(range(dimensions), (by, -by)):
@@ -202,7 +205,7 @@ def _through(
             for name, node in layers.items():
                 if node not in scales or name not in plain or plain[name].ndim != x.ndim:
                     continue
-                first, second = (_Run(o, _mark(m[node])) for o, m in ((plain[name], before), (moved[name][1], after)))
+                first, second = (_Run(o, _mark(m[node])) for o, m in ((plain[name], before), (moved[name].made, after)))
                 grid = scales[node]
                 part = _compare(first, second, axis, to / grid.scale[place], to % grid.period[place] == 0)
                 parts.setdefault(name, {}).setdefault(by, []).append(part)
@@ -211,7 +214,7 @@ def _through(
 
 def _entered(x: Tensor, by: int, axis: int) -> Tensor:
     """Mark what moved in."""
-    marks = torch.zeros(x.shape)
+    marks = zeros(*x.shape)
     length = min(abs(by), x.shape[axis])
     marks.narrow(axis, 0 if by > 0 else x.shape[axis] - length, length).fill_(1)
     return marks
@@ -221,7 +224,7 @@ def _padded(
     dependence: Dependence, start: fx.Node, end: fx.Node, given: Tensor, moved: tuple[int, int] | None
 ) -> Tensor:
     """Which elements of a layer's output see padding, or what moved in."""
-    marks = torch.zeros(given.shape) if moved is None else _entered(given, *moved)
+    marks = zeros(*given.shape) if moved is None else _entered(given, *moved)
     return _mark(dependence.forward({start: marks}, edges=True, until=end)[end])
 
 
@@ -240,9 +243,13 @@ class _Part:
 
 
 def _compare(first: _Run, second: _Run, axis: int, distance: Fraction, whole: bool) -> _Part:
-    """Compare the first output, shifted by the distance or the whole numbers around it, with the second."""
+    """Compare the first output, shifted by the distance or the whole numbers around it, with the second.
+
+    A whole number by which no unit is left to compare is none to choose.
+    """
     tried = [_at(first, second, axis, step, whole) for step in sorted({floor(distance), ceil(distance)})]
-    return min(tried, key=lambda part: (part.interior is None, part.interior or 0.0, part.border or 0.0))
+    compared = [part for part in tried if (part.interior, part.border) != (None, None)]
+    return min(compared or tried, key=lambda part: (part.interior is None, part.interior or 0.0, part.border or 0.0))
 
 
 def _at(first: _Run, second: _Run, axis: int, step: int, whole: bool) -> _Part:
@@ -273,9 +280,10 @@ def _worst(by: int, parts: Sequence[_Part]) -> Shift:
 def _broken_by(module: nn.Module, alone: Sequence[Shift], stride: Scale, padded: bool, most: float) -> tuple[str, ...]:
     """Name what breaks it: a shift that is no whole number of strides, padding, or weights that differ."""
     reasons: list[str] = []
-    longest = max(stride)
+    strides = crossed(f"{float(each):g}" for each in dict.fromkeys(stride) if each != 1)
+    kind = "pooling by" if is_pool(module) else "resampling by" if isinstance(module, nn.Upsample) else "stride"
     if any(not shift.whole and max(shift.interior or 0, shift.border or 0) > most for shift in alone):
-        reasons.append(f"{'pooling by' if is_pool(module) else 'stride'} {longest}")
+        reasons.append(f"{kind} {strides}")
     if any(shift.whole and (shift.interior or 0) > most for shift in alone):
         reasons.append("weights of its own at each place")
     if padded and any(shift.whole and (shift.border or 0) > most for shift in alone):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from tying.explain.dependence import Dependence, Mark
+from tying.explain.marks import zeros
 from tying.explain.planes import Axes, box, is_looked_at, marks_at, middle, on_places, places, shape_of
 
 Box = tuple[tuple[int, int], ...]
@@ -61,7 +62,7 @@ def input_places(model: nn.Module, dependence: Dependence) -> Axes:
     ndim = len(source_shape(dependence))
     for step in dependence.steps:
         for name, module in model.named_modules():
-            if is_looked_at(module) and step.node in _nodes(dependence, name):
+            if is_looked_at(module) and step.node in dependence.first_call(name):
                 return places(module, ndim, of_input=True)
     return tuple(range(2, ndim)) or (ndim - 1,)
 
@@ -77,7 +78,7 @@ def layers_of(model: nn.Module, dependence: Dependence) -> Mapping[str, tuple[nn
     found: dict[str, tuple[nn.Module, fx.Node]] = {}
     for name, module in model.named_modules():
         if is_looked_at(module):
-            made = [node for node in _nodes(dependence, name) if isinstance(dependence.varies[node], Tensor)]
+            made = [node for node in dependence.first_call(name) if isinstance(dependence.varies[node], Tensor)]
             if made:
                 found[name] = (module, made[-1])
     return dict(sorted(found.items(), key=lambda item: order[item[1][1]]))
@@ -102,7 +103,7 @@ def find_fields(model: nn.Module, dependence: Dependence) -> Fields:
         own = places(module, made.ndim)
         unit = middle(shape_of(tuple(made.shape), own))
         back = dependence.backward({node: marks_at(tuple(made.shape), own, unit)})
-        seen = on_places(_single(back.get(dependence.source, torch.zeros(shape))), axes)
+        seen = on_places(_single(back.get(dependence.source, zeros(*shape))), axes)
         there = on_places(_single(reached.get(node, torch.zeros_like(made))), own)
         found.append(
             Field(
@@ -119,12 +120,6 @@ def find_fields(model: nn.Module, dependence: Dependence) -> Fields:
             )
         )
     return Fields(shape_of(shape, axes), place, tuple(found), dependence.inexact)
-
-
-def _nodes(dependence: Dependence, name: str) -> list[fx.Node]:
-    """The nodes of a module's first call that vary with the input."""
-    calls = dependence.modules.get(name, ())
-    return [node for node in calls[0] if node in dependence.varies] if calls else []
 
 
 def _single(mark: Mark) -> Tensor:

@@ -49,6 +49,24 @@ class Rule:
     """False where marks spread everywhere because the operation has no rule."""
 
 
+def zeros(*shape: int) -> Tensor:
+    """Return no marks: always float32 on the CPU, whatever the defaults of torch are."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def ones(*shape: int) -> Tensor:
+    """Return marks on everything."""
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+
+def each(given: Any, dimensions: int, default: int) -> list[int]:
+    """Return one number per dimension of what is one number, one for each, or left out."""
+    if given is None or given == []:
+        return [default] * dimensions
+    listed = [int(n) for n in cast("list[int]", given)] if isinstance(given, list | tuple) else [int(given)]
+    return listed * dimensions if len(listed) == 1 else listed
+
+
 def names(text: str) -> frozenset[str]:
     """Return the names in a text."""
     return frozenset(text.split())
@@ -86,7 +104,7 @@ def everywhere(call: Call, operands: Sequence[Known]) -> Spread:
     shapes = [[int(n) for n in out.shape] for out in call.outputs if isinstance(out, Tensor)]
 
     def spread(marks: Marks) -> Any:
-        total = sum((_total(marks[id(each)]) for each in operands), torch.zeros(()))
+        total = sum((_total(marks[id(each)]) for each in operands), zeros())
         outputs = [total.expand(shape) for shape in shapes]
         return outputs if isinstance(call.node.meta.get("val"), list | tuple) else outputs[0]
 
@@ -94,7 +112,7 @@ def everywhere(call: Call, operands: Sequence[Known]) -> Spread:
 
 
 def _total(marks: Tensor | list[Tensor]) -> Tensor:
-    return sum((each.sum() for each in marks), torch.zeros(())) if isinstance(marks, list) else marks.sum()
+    return sum((each.sum() for each in marks), zeros()) if isinstance(marks, list) else marks.sum()
 
 
 def present(value: Tensor | Known) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from tying.errors import TyingError
 from tying.explain.fields import Field, Fields
-from tying.explain.planes import box, sizes
+from tying.explain.planes import box, crossed, sizes
 from tying.files.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ MOST_PANELS, MOST_LINES = 6, 12
 
 
 ABOVE = "From above: what the unit in the middle of a layer sees of the input"
-BELOW = "From below: what of a layer the middle of the input reaches"
+BELOW = "From below: what of a layer the middle of the input (+) reaches"
 
 
 def draw(explanation: Explanation, path: str | Path) -> Path:
@@ -42,16 +43,9 @@ def draw(explanation: Explanation, path: str | Path) -> Path:
             f"{explanation.model}: expected a model whose units see each other, got "
             f"{explanation.untraced or 'no layer that connects places'}; there is nothing to draw"
         )
-    target = Path(path)
-    kind = target.suffix.removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise TyingError(f"path: expected a name that ends with .png, .svg or .pdf, got {target.name}; add the suffix")
-    try:
-        from tying.report.pictures.style import drawn
-    except ImportError as error:
-        raise TyingError(
-            f'draw: expected matplotlib to be installed, got {error}; run: pip install "tying[report]"'
-        ) from error
+    target, kind = check_place(path)
+    from tying.report.pictures.style import drawn
+
     if len(fields.input_shape) > 1:
         chosen = _chosen(fields.layers, MOST_PANELS)
         content = drawn((max(2.0 * len(chosen), 6.0), 5.6), kind, _panels(fields, chosen, explanation.image))
@@ -63,6 +57,27 @@ def draw(explanation: Explanation, path: str | Path) -> Path:
     except OSError as error:
         raise TyingError(f"path: expected a place to write a file, got {path} ({error}); choose another one") from error
     return target
+
+
+def check_place(path: str | Path) -> tuple[Path, str]:
+    """Return the path of a picture and its kind, "png", "svg" or "pdf", if one can be drawn there.
+
+    Raises:
+        TyingError: If the suffix is another one, the folder is not there, or matplotlib is not installed.
+    """
+    target = Path(path)
+    kind = target.suffix.removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise TyingError(f"path: expected a name that ends with .png, .svg or .pdf, got {target.name}; add the suffix")
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise TyingError(f"path: expected a place to write a file, got {path}; choose one in a folder that is there")
+    try:
+        importlib.import_module("tying.report.pictures.style")
+    except ImportError as error:
+        raise TyingError(
+            f'draw: expected matplotlib to be installed, got {error}; run: pip install "tying[report]"'
+        ) from error
+    return target, kind
 
 
 def _chosen(layers: Sequence[Field], most: int) -> list[Field]:
@@ -101,15 +116,18 @@ def _from_above(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: 
     seen = _flat(layer.seen)
     if image is not None and image.shape == seen.shape:
         low, high = float(image.min()), float(image.max())
-        panel.imshow(image, cmap="gray", vmin=low - 1.5 * (high - low), vmax=high)  # pale: the field stands out
+        panel.imshow(image, cmap="gray", vmin=low - 3.0 * (high - low), vmax=high)  # pale: the field stands out
     else:
         panel.imshow(np.zeros(seen.shape), cmap="gray_r", vmin=0, vmax=1)
-    _overlay(panel, seen, theme.series[0], 0.55)
+    _overlay(panel, seen, theme.series[0], 0.6)
     (top, bottom), (left, right) = box(torch.as_tensor(seen))
     around = [left, right, right, left, left], [top, top, bottom, bottom, top]
-    panel.plot(*(np.array(line) - 0.5 for line in around), color=theme.series[0], linewidth=1.2)
+    outline = (np.array(line) - 0.5 for line in around)
+    panel.plot(*outline, color=theme.series[0], linewidth=1.6, clip_on=False, zorder=5)
+    height, width = fields.input_place[-2:]  # the place that reaches, in the lower line
+    panel.plot([width], [height], marker="+", markersize=7, markeredgewidth=1.6, color=theme.series[1], zorder=6)
     _frame(panel, theme)
-    panel.set_title(f"{layer.name or layer.kind}\n{_sizes(layer.sees_box)} of {_by(fields.input_shape)}")
+    panel.set_title(f"{_called(layer)}\n{_sizes(layer.sees_box)} of {crossed(fields.input_shape)}")
 
 
 def _from_below(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: NDArray[np.float64] | None) -> None:
@@ -123,7 +141,7 @@ def _from_below(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: 
         for at in range(1, height):
             panel.axhline(at - 0.5, color=theme.grid, linewidth=0.5)
     _frame(panel, theme)
-    panel.set_title(f"{layer.name or layer.kind}\n{_sizes(layer.reached_box)} of {_by(layer.shape)}")
+    panel.set_title(f"{_called(layer)}\n{_sizes(layer.reached_box)} of {crossed(layer.shape)}")
 
 
 def _lines(fields: Fields, layers: Sequence[Field]) -> Callable[[Figure, Theme], None]:
@@ -141,7 +159,7 @@ def _lines(fields: Fields, layers: Sequence[Field]) -> Callable[[Figure, Theme],
         _strip(below, theme, 0, middle, length, theme.ink)
         above.set_title("From above: what the middle unit of a layer\nsees of the input")
         below.set_title("From below: what of a layer the middle\nof the input reaches")
-        above.set_yticks(range(len(layers) + 1), ["input", *(each.name or each.kind for each in layers)])
+        above.set_yticks(range(len(layers) + 1), ["input", *map(_called, layers)])
         for panel in (above, below):
             panel.set_xlim(0, length)
             panel.set_xlabel("place of the input")
@@ -188,8 +206,8 @@ def _frame(panel: Axes, theme: Theme) -> None:
 
 
 def _sizes(box: Any) -> str:
-    return _by(sizes(box))
+    return crossed(sizes(box))
 
 
-def _by(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape))
+def _called(layer: Field) -> str:
+    return f"{layer.name} · {layer.kind}" if layer.name else layer.kind

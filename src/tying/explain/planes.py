@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TypeAlias, cast
 
-import torch
 from torch import Tensor, nn
 
+from tying.explain.marks import zeros
 from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 
 Axes: TypeAlias = "tuple[int, ...]"
 
 _POOL = re.compile(r"(?:Adaptive)?(?:Max|Avg|LP)Pool([123])d")
-SPATIAL = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(TiedConv1d, TiedConv2d, TiedConv3d, LocallyConnected1d, LocallyConnected2d),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, TiedConv1d, TiedConv2d, TiedConv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LOCAL = (LocallyConnected1d, LocallyConnected2d)
+SPATIAL = (*CONVOLUTIONS, *TRANSPOSED, *LOCAL)
 
 
 def is_pool(module: nn.Module) -> bool:
@@ -66,7 +67,7 @@ def on_places(marks: Tensor, axes: Axes) -> Tensor:
 
 def marks_at(shape: tuple[int, ...], axes: Axes, place: tuple[int, ...]) -> Tensor:
     """Return marks on all channels of one place."""
-    marks = torch.zeros(shape)
+    marks = zeros(*shape)
     index: list[int | slice] = [slice(None)] * len(shape)
     for axis, at in zip(axes, place, strict=True):
         index[axis] = at
@@ -100,3 +101,8 @@ def sizes(box_: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
 def shape_of(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     """Return how many places there are along each of the dimensions."""
     return tuple(shape[axis] for axis in axes)
+
+
+def crossed(sizes: Iterable[object]) -> str:
+    """Return sizes as words: 3×4."""
+    return "×".join(map(str, sizes))

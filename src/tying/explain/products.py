@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tying.channels.graph import Call
 from tying.channels.operations import PRODUCTS
-from tying.explain.marks import Known, Marks, Rule, execute, present
+from tying.explain.marks import Known, Marks, Rule, execute, ones, present, zeros
 
 
 def linear(call: Call) -> Rule:
@@ -33,12 +33,12 @@ def _product(call: Call, factors: Sequence[tuple[str, Any]], bias: Any) -> Rule:
     """A bilinear map: the marks of one factor meet what is present in the other."""
     (first, one), (second, two) = factors
     shape = call.shape
-    nothing = {} if bias is None else {"self": torch.zeros(shape), "alpha": 1, "beta": 1}
+    nothing = {} if bias is None else {"self": zeros(*shape), "alpha": 1, "beta": 1}
     if call.name in ("linear",):
         nothing = {"bias": None}
 
     def spread(marks: Marks) -> Tensor:
-        total = torch.zeros(shape)
+        total = zeros(*shape)
         if isinstance(one, Known):
             total = total + execute(call, {}, **{first: marks[id(one)], second: present(two)}, **nothing)
         if isinstance(two, Known):
@@ -54,7 +54,7 @@ def einsum(call: Call) -> Rule:
     shape = call.shape
 
     def spread(marks: Marks) -> Tensor:
-        total = torch.zeros(shape)
+        total = zeros(*shape)
         for i, each in enumerate(tensors):
             if isinstance(each, Known):
                 others = [marks[id(each)] if i == j else present(other) for j, other in enumerate(tensors)]
@@ -69,7 +69,7 @@ def attention(call: Call) -> Rule:
     query, key, value = (call[name] for name in ("query", "key", "value"))
     mask = call["attn_mask"]
     mask = mask.value if isinstance(mask, Known) else mask
-    seen = torch.ones(query_length(query), query_length(key))
+    seen = ones(query_length(query), query_length(key))
     if call["is_causal"]:
         seen = seen.tril()
     if isinstance(mask, Tensor):
@@ -85,7 +85,7 @@ def attention(call: Call) -> Rule:
         )
 
     def spread(marks: Marks) -> Tensor:
-        total = torch.zeros(shape)
+        total = zeros(*shape)
         if isinstance(query, Known):
             total = total + marks[id(query)].sum(-1, keepdim=True)
         if isinstance(key, Known):

@@ -16,7 +16,7 @@ from tying.explain.costs import NOTHING, Cost
 from tying.explain.equivariance import Equivariance, Shift
 from tying.explain.fields import Box, Field, Fields
 from tying.explain.layers import Layer
-from tying.explain.planes import sizes
+from tying.explain.planes import crossed, sizes
 from tying.inspect.table import aligned
 
 EQUAL = 2e-5
@@ -57,6 +57,11 @@ class Explanation:
     def dense(self) -> Cost:
         """All of them dense."""
         return sum((layer.dense for layer in self.layers), NOTHING)
+
+    @property
+    def can_be_drawn(self) -> bool:
+        """Whether there are units that see each other."""
+        return self.fields is not None and bool(self.fields.layers)
 
     def to_json(self) -> str:
         """Return everything but the maps of fields and the image as one JSON object, with the totals."""
@@ -124,7 +129,7 @@ def _seen(fields: Fields | None) -> str:
     heads = ("layer", "places", "sees of the input", "within", "an input reaches", "within")
     lines = [heads, *map(_field_line, fields.layers)]
     text = [
-        f"Who sees whom, of {_by(fields.input_shape)} inputs (the unit and the input in the middle):",
+        f"Who sees whom, of {crossed(fields.input_shape)} inputs (the unit and the input in the middle):",
         *aligned(lines, texts=1),
     ]
     if fields.inexact:
@@ -134,15 +139,11 @@ def _seen(fields: Fields | None) -> str:
 
 def _field_line(each: Field) -> tuple[str, ...]:
     seen, reached = words.count(each.sees), words.count(each.reached)
-    return each.name or each.kind, _by(each.shape), seen, _box(each.sees_box), reached, _box(each.reached_box)
-
-
-def _by(shape: Sequence[object]) -> str:
-    return "×".join(map(str, shape))
+    return each.name or each.kind, crossed(each.shape), seen, _box(each.sees_box), reached, _box(each.reached_box)
 
 
 def _box(box: Box) -> str:
-    return _by(sizes(box))
+    return crossed(sizes(box))
 
 
 def _moved(layers: Sequence[Equivariance]) -> str:
@@ -154,10 +155,10 @@ def _moved(layers: Sequence[Equivariance]) -> str:
         (
             each.name or each.kind,
             ", ".join(each.broken_by) or "nothing",
-            _by([f"{s:g}" for s in dict.fromkeys(each.stride)]),
+            crossed([f"{s:g}" for s in dict.fromkeys(each.stride)]),
             *_worst(each.alone),
             _worst(each.alone, whole=False)[0],
-            _by(list(dict.fromkeys(each.period))),
+            crossed(list(dict.fromkeys(each.period))),
             *_worst(each.through),
         )
         for each in layers

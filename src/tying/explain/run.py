@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from numbers import Integral
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tying.errors import TyingError
 from tying.evaluation import evaluating
+from tying.explain.calls import Observed, check_finite, observe
 from tying.explain.dependence import find_dependence, first_sample
 from tying.explain.equivariance import Equivariance, measure_equivariance
 from tying.explain.fields import Fields, find_fields, input_places, source_shape
-from tying.explain.layers import Observed, find_layers, not_counted, observe
+from tying.explain.layers import find_layers
 from tying.explain.result import Explanation
 
 
@@ -34,7 +38,7 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
     layer's output is compared with its shifted output, in the interior and where units see padding.
 
     Args:
-        model: The network; used in evaluation mode, and left as it is.
+        model: The network; a copy of it is used, in evaluation mode.
         example_inputs: As `model(*example_inputs)` takes them, the batch first; the first sample is used.
         shifts: The farthest shift; 0 measures none.
 
@@ -42,7 +46,8 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
         The figures: `print` them, `.to_json()` them, `.draw(path)` the picture.
 
     Raises:
-        TyingError: If the model does not take the inputs. A forward that `torch.export` can't follow is no error: the
+        TyingError: If the model does not take the inputs, is not initialised or can't be copied, or something is not
+            finite. A forward that `torch.export` can't follow is no error: the
             layers' costs are there, and `untraced` says why the rest is not.
 
     Example:
@@ -55,10 +60,10 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
         >>> layer.shared.operations, layer.dense.operations
         (267960, 16006054680)
     """
-    inputs = _checked(example_inputs, shifts)
-    with evaluating(model), torch.random.fork_rng(devices=[]):
-        calls = _observe(model, inputs)
-        layers, uncounted = find_layers(model, calls), not_counted(model, calls)
+    inputs = _checked(model, example_inputs, shifts)
+    model = _copied(model)
+    with evaluating(model), torch.random.fork_rng(devices=_gpus(model, inputs)):
+        layers, uncounted = find_layers(model, _observe(model, inputs))
         fields: Fields | None = None
         equivariance: tuple[Equivariance, ...] = ()
         untraced, image = None, None
@@ -85,16 +90,42 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
     )
 
 
-def _checked(example_inputs: Tensor | tuple[Tensor, ...], shifts: int) -> tuple[Tensor, ...]:
+def _checked(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], shifts: int) -> tuple[Tensor, ...]:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):  # pyright: ignore
+        raise TyingError(f"model: expected an nn.Module in Python, got {type(model).__name__}; pass the network itself")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise TyingError(f"{name}: expected values, got none yet in a lazy layer; call the model once before")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not inputs or not all(isinstance(x, Tensor) for x in inputs) or not inputs[0].ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TyingError(
             "example_inputs: expected a tensor or a tuple of tensors, the batch first, got "
             f"{type(example_inputs).__name__}; pass a batch as the model takes it"
         )
-    if shifts < 0:
-        raise TyingError(f"shifts: expected a number ≥ 0, got {shifts}; 0 measures no shift")
+    if not len(inputs[0]):
+        raise TyingError("example_inputs: expected at least one sample, got an empty batch; pass one that is not")
+    for x in inputs:
+        check_finite("example_inputs", x, "in them; pass others")
+    if isinstance(shifts, bool) or not isinstance(shifts, Integral) or shifts < 0:  # pyright: ignore
+        raise TyingError(f"shifts: expected an integer ≥ 0, got {shifts!r}; 0 measures no shift")
     return tuple(first_sample(x) for x in inputs)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy to run: a forward may write to buffers, count its calls, keep what it saw."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TyingError(
+            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, got {type(error).__name__}: "
+            f"{error}; keep tensors that are computed, and handles, out of its attributes"
+        ) from error
+
+
+def _gpus(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[int]:
+    """The CUDA devices whose random numbers a forward may draw."""
+    tensors = [*model.parameters(), *model.buffers(), *inputs]
+    return sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
 
 
 def _observe(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Observed]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 from torch import Tensor, fx, nn
 
 from tying.channels.graph import Call
 from tying.channels.operations import CONVOLUTIONS, WINDOWS
 from tying.explain.dependence import Dependence, Step
-from tying.nn import LocallyConnected1d, LocallyConnected2d
+from tying.explain.marks import each
+from tying.explain.planes import LOCAL
 
 Scale: TypeAlias = "tuple[Fraction, ...]"
 """By spatial dimension."""
@@ -75,10 +76,10 @@ def _steps(step: Step, dependence: Dependence, dimensions: int) -> Scale | None:
     if len(inside) != len(outside) or len(inside) < dimensions + 1:
         return None
     if CONVOLUTIONS.fullmatch(call.name):
-        strides = tuple(map(Fraction, each(call["stride"], dimensions)))
+        strides = tuple(map(Fraction, each(call["stride"], dimensions, 1)))
         return tuple(1 / s for s in strides) if "transpose" in call.name else strides
     if WINDOWS.fullmatch(call.name) and "pool" in call.name and "adaptive" not in call.name:
-        return tuple(map(Fraction, each(call["stride"] or call["kernel_size"], dimensions)))
+        return tuple(map(Fraction, each(call["stride"] or call["kernel_size"], dimensions, 1)))
     if WINDOWS.fullmatch(call.name):
         return tuple(map(Fraction, inside[-dimensions:], outside[-dimensions:]))
     same = tuple(inside[-dimensions:]) == tuple(outside[-dimensions:])
@@ -89,20 +90,12 @@ def _is_cut(call: Call) -> bool:
     return call.name == "slice" and call["step"] in (None, 1)
 
 
-def each(given: Any, dimensions: int) -> list[int]:
-    """Return one number per dimension of what is one number, or one for each."""
-    listed = list(cast("Sequence[int]", given)) if isinstance(given, list | tuple) else [int(given)]
-    return listed * dimensions if len(listed) == 1 else listed
-
-
 def _ends_of_local_layers(model: nn.Module, dependence: Dependence) -> dict[fx.Node, tuple[fx.Node, Scale]]:
     """The outputs of locally connected layers, which are several operations; with their input and their stride."""
     operands = {step.node: step.operands for step in dependence.steps}
     ends: dict[fx.Node, tuple[fx.Node, Scale]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LocallyConnected1d | LocallyConnected2d):
-            for call in dependence.modules.get(name, ()):
-                inside = [node for node in call if node in operands]
-                if inside:
-                    ends[inside[-1]] = operands[inside[0]][0], tuple(map(Fraction, module.stride))
+        if isinstance(module, LOCAL):
+            for inside in filter(None, dependence.calls_of(name)):
+                ends[inside[-1]] = operands[inside[0]][0], tuple(map(Fraction, module.stride))
     return ends

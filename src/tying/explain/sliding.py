@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tying.channels.graph import Call
 from tying.channels.operations import WINDOWS
-from tying.explain.marks import Known, Marks, Rule, Spread, everywhere, execute, known_in, present
+from tying.explain.marks import Known, Marks, Rule, Spread, each, everywhere, execute, known_in, ones, present
 
 
 def convolution(call: Call) -> Rule:
@@ -23,21 +23,21 @@ def convolution(call: Call) -> Rule:
     dims = int(call.name[-2])
     lines = (slice(None),) * (value.value.ndim - dims - 1)
     taps = present(weight)
-    spread = _all_channels(call, value, weight) if bool(taps.all()) else _by(call, {"weight": taps})
-    line = {id(value): torch.ones(value.value.shape)[(*lines, slice(0, 1))]}
+    spread = _all_channels(call, value, weight) if bool(taps.all()) else _of_weights(call, {"weight": taps})
+    line = {id(value): ones(*value.value.shape)[(*lines, slice(0, 1))]}
     kernel = {"weight": torch.ones_like(taps[:1, :1]), "groups": 1, "bias": None}
     counted = execute(call, line, **kernel)
     return Rule(lambda marks: spread(marks), edge=_edge(call, counted, line[id(value)], kernel, dims))
 
 
-def _by(call: Call, changed: dict[str, Any]) -> Spread:
+def _of_weights(call: Call, changed: dict[str, Any]) -> Spread:
     return lambda marks: execute(call, marks, bias=None, **changed)
 
 
 def _all_channels(call: Call, value: Known, weight: Tensor) -> Spread:
     """A kernel without zeros treats all channels of a group alike: sum them, convolve one, and give it to all."""
     groups, axis = int(call["groups"] or 1), value.value.ndim - int(call.name[-2]) - 1
-    kernel = torch.ones(groups, 1, *weight.shape[2:])
+    kernel = ones(groups, 1, *weight.shape[2:])
     shape = call.shape
 
     def spread(marks: Marks) -> Tensor:
@@ -53,7 +53,7 @@ def _edge(call: Call, counted: Tensor, line: Tensor, kernel: dict[str, Any], dim
     if "transpose" not in call.name:
         full = math.prod(kernel["weight"].shape[2:])
         return (counted < full).float()
-    strides, dilations = (_each(call[name], dims, 1) for name in ("stride", "dilation"))
+    strides, dilations = (each(call[name], dims, 1) for name in ("stride", "dilation"))
     sizes = kernel["weight"].shape[2:]
     more = [(k - 1) * d // s + 2 for k, d, s in zip(sizes, dilations, strides, strict=True)]
     wide = functional.pad(line, [n for m in reversed(more) for n in (m, m)], value=1)
@@ -62,13 +62,6 @@ def _edge(call: Call, counted: Tensor, line: Tensor, kernel: dict[str, Any], dim
         place = line.ndim - dims + axis
         result = result.narrow(place, m * s, counted.shape[place])
     return (counted < result).float()
-
-
-def _each(given: Any, dims: int, default: int) -> list[int]:
-    if given is None or given == []:
-        return [default] * dims
-    listed = [int(n) for n in cast("list[int]", given)] if isinstance(given, list | tuple) else [int(given)]
-    return listed * dims if len(listed) == 1 else listed
 
 
 def window(call: Call) -> Rule:
@@ -95,16 +88,16 @@ def window(call: Call) -> Rule:
         made = sum_windows(marks[id(value)], 0.0)
         return [made, made] if several else made
 
-    one = torch.ones(value.value.shape)
+    one = ones(*value.value.shape)
     edge = (sum_windows(one, 0.0) < sum_windows(one, 1.0)).float()
     return Rule(pooled, edge=edge)
 
 
 def _summing(call: Call, dims: int) -> Callable[[Tensor, float], Tensor]:
     """Sum what a window of a pool sees; what lies in its padding counts as given."""
-    kernel = _each(call["kernel_size"], dims, 1)
-    strides = kernel if call["stride"] in (None, []) else _each(call["stride"], dims, 1)
-    padding, dilations = _each(call["padding"], dims, 0), _each(call["dilation"], dims, 1)
+    kernel = each(call["kernel_size"], dims, 1)
+    strides = kernel if call["stride"] in (None, []) else each(call["stride"], dims, 1)
+    padding, dilations = each(call["padding"], dims, 0), each(call["dilation"], dims, 1)
     outputs = call.shape[-dims:]
     convolve = cast(Any, (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1])
 
@@ -115,7 +108,7 @@ def _summing(call: Call, dims: int) -> Callable[[Tensor, float], Tensor]:
             around += [padding[axis], needed - marks.shape[axis - dims] - padding[axis]]
         padded = functional.pad(marks, around, value=outside)
         lines = padded.reshape(-1, 1, *padded.shape[-dims:])
-        made = convolve(lines, torch.ones(1, 1, *kernel), stride=strides, dilation=dilations)
+        made = convolve(lines, ones(1, 1, *kernel), stride=strides, dilation=dilations)
         return made.reshape(*marks.shape[:-dims], *outputs)
 
     return windows

@@ -24,7 +24,7 @@ from tying.channels.operations import (
     REDUCTIONS,
     WINDOWS,
 )
-from tying.explain.marks import Known, Marks, Rule, everywhere, execute, known_in, names
+from tying.explain.marks import Known, Marks, Rule, everywhere, execute, known_in, names, ones, zeros
 from tying.explain.products import attention, einsum, linear, matmul
 from tying.explain.sliding import convolution, window
 
@@ -80,7 +80,7 @@ def _pointwise(call: Call) -> Rule:
     training = call.name in CHANNELWISE_NORMS and (call["training"] or call["use_input_stats"])
     if training:  # statistics of the input itself
         return _within(call, operands[0], [0, *range(2, len(shape))] if call.name == "batch_norm" else _spatial(shape))
-    through = torch.ones(())
+    through = ones()
     if call.name == "mul":
         for factor in (call["self"], call["other"]):
             if isinstance(factor, Tensor):
@@ -91,7 +91,7 @@ def _pointwise(call: Call) -> Rule:
         return _chosen(call, call["condition"])
 
     def spread(marks: Marks) -> Any:
-        total = sum((marks[id(each)] * through for each in operands), torch.zeros(()))
+        total = sum((marks[id(each)] * through for each in operands), zeros())
         total = total.expand(shape)
         return [total] if isinstance(call.node.meta.get("val"), list | tuple) else total
 
@@ -105,7 +105,7 @@ def _chosen(call: Call, condition: Tensor) -> Rule:
 
     def spread(marks: Marks) -> Tensor:
         chosen = (marks[id(each)] * here for each, here in parts if isinstance(each, Known))
-        return sum(chosen, torch.zeros(())).expand(shape)
+        return sum(chosen, zeros()).expand(shape)
 
     return Rule(spread)
 
@@ -177,14 +177,14 @@ def _glu(call: Call) -> Rule:
 
 def _pad(call: Call) -> Rule:
     value = call["self"]
-    zeros = call["mode"] in (None, "constant") and "value" in call.arguments
-    inside = {id(value): torch.ones(value.value.shape)}
-    changed: dict[str, Any] = {"value": 0} if zeros else {}
-    if zeros:
+    constant = call["mode"] in (None, "constant") and "value" in call.arguments
+    inside = {id(value): ones(*value.value.shape)}
+    changed: dict[str, Any] = {"value": 0} if constant else {}
+    if constant:
         edge = 1 - execute(call, inside, **changed)
     else:  # what is repeated at the border: all but the middle
         pads = list(call["pad"] if call["pad"] is not None else call["padding"])
-        edge = 1 - functional.pad(torch.ones(value.value.shape), pads)
+        edge = 1 - functional.pad(ones(*value.value.shape), pads)
     return Rule(lambda marks: execute(call, marks, **changed), edge=edge.clamp(0, 1))
 
 
