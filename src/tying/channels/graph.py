@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from tying.channels.silent import silent
 from tying.errors import CompactError
 from tying.evaluation import evaluating
 
@@ -133,7 +134,8 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     with evaluating(model), torch.enable_grad(), warnings.catch_warnings():  # without gradients, attention is fused
         warnings.simplefilter("ignore")
         try:
-            whole = torch_export(model, inputs, strict=False)
+            with silent():
+                whole = torch_export(model, inputs, strict=False)
             program = whole if _is_functional(whole.graph) else whole.run_decompositions({})
         except Exception as error:
             raise CompactError(
