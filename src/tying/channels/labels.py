@@ -89,7 +89,7 @@ class Ledger:
         self._summaries: list[tuple[Array, Array, str]] = []
         self._spreads: list[tuple[Array, Array, str]] = []
         self._whole: list[tuple[Tensor, str]] = []
-        self._fixed: list[tuple[Tensor, int, int | None, str]] = []
+        self._fixed: list[tuple[Tensor, int, Sequence[int], bool, str]] = []
         self._kept: list[tuple[Array, Array, str]] = []
 
     def weight(self, name: str, *, is_buffer: bool) -> Weight:
@@ -167,12 +167,14 @@ class Ledger:
         """Block, in the end, the channels that aren't all of some indices of one axis: they can't be cut out."""
         self._whole.append((labels, reason))
 
-    def require_fixed(self, labels: Tensor, axis: int, chunks: int | None, reason: str) -> None:
-        """Block, in the end, the channels that are cut along an axis whose positions are literal.
+    def require_fixed(self, labels: Tensor, axis: int, pieces: Sequence[int], literal: bool, reason: str) -> None:
+        """Block, in the end, the channels that are cut along an axis into pieces of these lengths.
 
-        With `chunks`, the axis is cut in that many equal parts: channels with as many indices in each may go.
+        Those that leave every piece in proportion to its length may go, so that what is left of the axis is cut between
+        the same channels as before; where the lengths are literal, heads alone, whose sizes a module's attributes may
+        say. Without pieces, none.
         """
-        self._fixed.append((labels, axis, chunks, reason))
+        self._fixed.append((labels, axis, pieces, literal, reason))
 
     def require_kept(self, before: Array, after: Array, reason: str) -> None:
         """Block, in the end, the channels that go into an operation and neither leave it nor are read by it."""
@@ -182,10 +184,10 @@ class Ledger:
         """Find the channel of every label, and for every channel why it is blocked and why it is lost, if so.
 
         Args:
-            counted: Labels of heads and the like, whose literal positions a module's attributes may say.
+            counted: Labels of heads, whose sizes a module's attributes may say.
         """
         classes = self._classes()
-        exempt = np.unique(classes[np.concatenate([_flat(labels) for labels in counted])] if counted else classes[:0])
+        heads = np.unique(classes[np.concatenate([_flat(labels) for labels in counted])] if counted else classes[:0])
         reasons: list[str | None] = [None] * (int(classes.max(initial=-1)) + 1)
 
         def block(found: Array, reason: str) -> None:
@@ -196,12 +198,11 @@ class Ledger:
         for labels, reason in self._whole:
             found, slabs = _slabs(labels, classes)
             block(found[~slabs.any(1)], reason)
-        for labels, axis, chunks, reason in self._fixed:
+        for labels, axis, pieces, literal, reason in self._fixed:
             found, slabs = _slabs(labels, classes)
-            free = np.delete(slabs, axis, 1).any(1)
-            if chunks:
-                free |= slabs[:, axis] & _even(labels, classes, found, axis, chunks)
-            block(found[~free & ~np.isin(found, exempt)], reason)
+            even = slabs[:, axis] & _in_proportion(labels, classes, found, axis, pieces)
+            free = np.delete(slabs, axis, 1).any(1) | (even & (np.isin(found, heads) | (not literal)))
+            block(found[~free], reason)
         gone = [(_without(classes[before], classes[after]), reason) for before, after, reason in self._kept]
         for found, reason in gone:
             block(found, reason)
@@ -310,13 +311,13 @@ def _indices(inverse: Array, shape: Sequence[int], axis: int) -> Array:
     return np.stack([pairs // length, pairs % length])
 
 
-def _even(labels: Tensor, classes: Array, found: Array, axis: int, chunks: int) -> NDArray[np.bool_]:
-    """Whether each channel has as many indices along the axis in each of the equal chunks."""
+def _in_proportion(labels: Tensor, classes: Array, found: Array, axis: int, pieces: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether each channel has indices along the axis in every piece, in proportion to its length."""
     length = labels.shape[axis]
-    if length % chunks:
+    if sum(pieces) != length or not length:
         return np.zeros(len(found), dtype=bool)
     inverse = np.searchsorted(found, classes[_flat(labels)])
     channel, index = _indices(inverse, labels.shape, axis)
-    table = np.zeros((len(found), chunks), dtype=np.int64)
-    np.add.at(table, (channel, index // (length // chunks)), 1)
-    return (table == table[:, :1]).all(1)
+    table = np.zeros((len(found), len(pieces)), dtype=np.int64)
+    np.add.at(table, (channel, np.searchsorted(np.cumsum(pieces), index, side="right")), 1)
+    return (table * length == table.sum(1, keepdims=True) * np.array(pieces)).all(1)

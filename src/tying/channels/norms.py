@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from tying.channels.graph import Call
-from tying.channels.tracer import Scaled, Tracer, first_output, spread
+from tying.channels.tracer import NormLabels, Tracer, first_output, spread
 
 
 def channelwise_norm(tracer: Tracer, call: Call) -> Any:
@@ -23,7 +23,7 @@ def group_norm(tracer: Tracer, call: Call) -> Any:
     """The channels of a group are normalised together, and go together."""
     labels = tracer.labels(call["input"], call)
     groups = int(call["num_groups"])
-    line = tracer.column(labels, 1, f"{call} works along another axis")
+    line = tracer.line(labels, 1, f"{call} works along another axis")
     if groups == 1 or line is None:
         return coupled_norm(tracer, call)
     parts = line.reshape(groups, -1)
@@ -56,7 +56,7 @@ def coupled_norm(tracer: Tracer, call: Call) -> Any:
 
 def _rms_norm(tracer: Tracer, call: Call, labels: Tensor) -> int | None:
     args = {**dict(enumerate(call.node.args)), **call.node.kwargs}
-    return _note(tracer, call, "input", labels, call.node, args.get(2, args.get("weight")), call["eps"])
+    return _note(tracer, call, "input", labels, (call.node, call.node), args.get(2, args.get("weight")), call["eps"])
 
 
 def mean_square(tracer: Tracer, call: Call, labels: Tensor) -> int | None:
@@ -69,25 +69,33 @@ def mean_square(tracer: Tracer, call: Call, labels: Tensor) -> int | None:
     eps = _other(total, call.node)
     root = _only_user(total, "rsqrt")
     product = _only_user(root, "mul")
-    if x is None or not isinstance(eps, float) or product is None or _other(product, root) is not x:
+    if x is None or total is None or not isinstance(eps, float) or product is None or _other(product, root) is not x:
         return None
     while (moved := _only_user(product, "to", "_to_copy", "type_as")) is not None:
         product = moved
     scaled = _only_user(product, "mul")
-    return None if scaled is None else _note(tracer, call, "self", labels, scaled, _other(scaled, product), eps)
+    return (
+        None if scaled is None else _note(tracer, call, "self", labels, (total, scaled), _other(scaled, product), eps)
+    )
 
 
 def _note(
-    tracer: Tracer, call: Call, operand: str, labels: Tensor, end: fx.Node, weight: Any, eps: float | None
+    tracer: Tracer,
+    call: Call,
+    operand: str,
+    labels: Tensor,
+    ends: tuple[fx.Node, fx.Node],
+    weight: Any,
+    eps: float | None,
 ) -> int | None:
-    """Note an RMSNorm whose scale is a parameter of one dimension."""
+    """Note an RMSNorm whose scale is a parameter of one dimension; `ends`: where its eps is, and its weight."""
     if not isinstance(weight, fx.Node) or weight.op != "placeholder" or len(weight.meta["val"].shape) != 1:
         return None
-    line = tracer.column(labels, labels.ndim - 1, f"{call} works along another axis")
+    line = tracer.line(labels, labels.ndim - 1, f"{call} works along another axis")
     if line is None or len(line) != weight.meta["val"].shape[0]:
         return None
-    tracer.scaled.append(Scaled(call, operand, line, end, weight, eps))
-    return len(tracer.scaled) - 1
+    tracer.norms.append(NormLabels(call, operand, line, *ends, weight, eps))
+    return len(tracer.norms) - 1
 
 
 def _squared(node: Any) -> fx.Node | None:

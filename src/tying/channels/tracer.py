@@ -26,7 +26,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class NormLabels:
     """An RMSNorm: its channels that are zero can go, if its weight and eps make up for it."""
 
     call: Call
@@ -34,6 +34,8 @@ class Scaled:
     """The argument of the call that is zero where the channel is: what is normalised, or its square."""
     line: Tensor
     """One label per index of the last axis."""
+    start: fx.Node
+    """Where the eps is added."""
     end: fx.Node
     """Where the weight is multiplied with."""
     weight: fx.Node
@@ -41,7 +43,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Several:
+class CountedLabels:
     """An operation that counts what it works on: heads, groups."""
 
     modules: tuple[str, ...]
@@ -58,8 +60,8 @@ class Tracer:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.readings: list[Read] = []
-        self.scaled: list[Scaled] = []
-        self.several: list[Several] = []
+        self.norms: list[NormLabels] = []
+        self.counted: list[CountedLabels] = []
         self.outputs: list[Tensor] = []
 
     def block(self, value: Value, reason: str) -> None:
@@ -91,7 +93,7 @@ class Tracer:
         shape = value.axes[0].shape if value.axes else ()
         return self.ledger.anonymous(shape, reason)
 
-    def column(self, labels: Tensor, axis: int, reason: str) -> Tensor | None:
+    def line(self, labels: Tensor, axis: int, reason: str) -> Tensor | None:
         """Return one label per index of the axis, uniting what shares an index; None and blocked if channels cross.
 
         Blocked as well where different channels share an index, as in a sequence that begins with a learned token.
@@ -108,7 +110,7 @@ class Tracer:
 
     def attach(self, labels: Tensor, axis: int, vectors: Sequence[Any], call: Call) -> None:
         """Let vectors (weight, bias, statistics) run along the axis: they make the channels."""
-        line = self.column(labels, axis, f"{call} works along another axis")
+        line = self.line(labels, axis, f"{call} works along another axis")
         for vector in vectors:
             if vector is None:
                 continue
@@ -125,7 +127,7 @@ class Tracer:
         for dim in range(labels.ndim):
             if not varies(labels, dim):
                 labels = labels.narrow(dim, 0, 1)
-        self.several.append(Several(call.modules, labels.reshape(-1), cut))
+        self.counted.append(CountedLabels(call.modules, labels.reshape(-1), cut))
 
     def deny(self, call: Call, reason: str | None = None) -> Any:
         """Block all that goes in, and lose sight of it; what comes out belongs to nobody."""

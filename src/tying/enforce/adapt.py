@@ -1,15 +1,18 @@
 """Numbers that a module's forward takes from its attributes, brought to what is left: found by trial, never believed.
 
 `self.num_heads`, `self.all_head_size`, a list of sizes for `split`: nothing says which of a module's integers counts
-what was cut. Those that equal a size from before are set to the size after; then the network is run and compared.
-Modules of one class read their attributes in one way: what fits is chosen for all of them.
+what was cut. Those that equal a size from before may be set to the size after; the network is run and compared, and
+what it computes the same without stays as it was. Modules of one class read their attributes in one way: what an
+attribute is the size of is chosen for all of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,41 +20,98 @@ from torch import Tensor, nn
 
 from tying.errors import CompactError
 
-Attributes: TypeAlias = dict[str, dict[str, Any]]
+Attributes: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By module name, then by the attribute's name."""
 
 TRIALS = 48
-"""So many ways to set the attributes are tried."""
+"""So many ways to set the attributes are tried: half of them with those of the innermost modules alone."""
 MARK = "_tying_attributes"
 """Where a module keeps the names of the attributes that were set, for the record of a file."""
 
 
+class Kind(Enum):
+    """What a size is the size of."""
+
+    HEADS = auto()
+    """How many heads, or groups, there are."""
+    KEYS = auto()
+    """How many heads of keys, each of which several of queries may share."""
+    KEY_FEATURES = auto()
+    """The features of all heads of keys."""
+    TENSOR = auto()
+    """The length of an axis of a tensor."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size, before and after the cut."""
+
+    kind: Kind
+    before: int
+    after: int
+    tensor: str = ""
+    """Its name in the module."""
+    axis: int = 0
+
+    @property
+    def of(self) -> tuple[Kind, str, int]:
+        """What it is the size of."""
+        return self.kind, self.tensor, self.axis
+
+
 @dataclass(frozen=True)
 class Change:
-    """What changed for a module: sizes before and after."""
+    """What changed for a module."""
 
     modules: tuple[str, ...]
-    """The modules whose attributes may say them, from the inside out."""
-    sizes: tuple[tuple[str, int, int], ...]
-    """What it is the size of, before, after."""
+    """The modules whose attributes may say its sizes, from the inside out."""
+    sizes: tuple[Size, ...]
 
 
 @dataclass(frozen=True)
 class Epsilon:
-    """So many times the eps of the dtype that a module's weight has."""
+    """So many times the eps that PyTorch takes where none is given, for the dtype that a module's weight has."""
 
     ratio: float
 
+    def of(self, weight: Tensor) -> float:
+        """Return the eps; that of float32 for what is shorter, since PyTorch computes in float32 there."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.finfo(dtype).eps * self.ratio
 
-def set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set attributes of modules, and note that it was done."""
+
+def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
+    """Set attributes of modules, and note that it was done.
+
+    Raises:
+        CompactError: If a module does not let its attribute be set.
+    """
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for name, value in values.items():
             if isinstance(value, Epsilon):
-                value = torch.finfo(cast(Tensor, module.weight).dtype).eps * value.ratio
-            setattr(module, name, value)
+                value = value.of(cast(Tensor, module.weight))
+            try:
+                setattr(module, name, value)
+            except Exception as error:
+                raise CompactError(
+                    f"{path or 'model'}: expected an attribute {name!r} that can be set to {value}, as its layers are "
+                    f"cut, got {type(error).__name__}: {error}; tie the model with tie_ instead"
+                ) from error
         module.__dict__[MARK] = sorted({*module.__dict__.get(MARK, ()), *values})
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Generator[None, None, None]:
+    """Give all modules the attributes back that they have now, whatever a forward or a setter does to them."""
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for held, kept in ((module.__dict__, attributes), (module._buffers, buffers)):  # pyright: ignore[reportPrivateUsage]
+                held.clear()
+                held.update(kept)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -69,102 +129,141 @@ def restore_attributes_(module: nn.Module, recorded: Mapping[str, Any]) -> None:
         if name not in vars(module) or not _alike(vars(module)[name], value):
             raise ValueError(f"{name}={value!r}")
         present = vars(module)[name]
-        setattr(module, name, tuple(value) if isinstance(present, tuple) else value)
+        setattr(module, name, type(present)(value) if isinstance(present, tuple) else value)
     module.__dict__[MARK] = sorted({*module.__dict__.get(MARK, ()), *recorded})
 
 
-def fitting(model: nn.Module, changes: Sequence[Change], fits: Callable[[Attributes], None]) -> Attributes:
-    """Return the attributes with which the cut network fits.
+def fitting(
+    model: nn.Module, changes: Sequence[Change], fits: Callable[[Attributes], None], known: Attributes
+) -> Attributes:
+    """Return the attributes with which the cut network fits: none that it fits without.
 
     Args:
         model: As it was before cutting. Not written to.
         changes: By the modules concerned.
         fits: Raises CompactError where the network with these attributes does not compute the same.
+        known: Attributes that need no trial.
 
     Raises:
         CompactError: That of the first trial, if none fits.
     """
     first: CompactError | None = None
-    for tried, attributes in enumerate(_ways(model, changes)):
-        if tried >= TRIALS:
-            break
-        try:
-            fits(attributes)
-        except CompactError as error:
-            first = first or error
-        else:
-            return attributes
+    for attributes in _trials(model, changes, known):
+        error = _misfit(attributes, fits)
+        if error is None:
+            return _needed(attributes, fits)
+        first = first or error
     assert first is not None
     raise first
 
 
-def _ways(model: nn.Module, changes: Sequence[Change]) -> Iterator[Attributes]:
-    """Yield ways to set the attributes, each once: the innermost modules that have any, then all of them."""
-    seen: list[Attributes] = []
-    for every in (False, True):
-        candidates = _candidates(model, changes, every)
-        for chosen in itertools.product(*(options.values() for options in candidates.values())):
-            attributes: Attributes = {}
-            for values in chosen:
-                for path, name, value in values:
+def _misfit(attributes: Attributes, fits: Callable[[Attributes], None]) -> CompactError | None:
+    try:
+        fits(attributes)
+    except CompactError as error:
+        return error
+    return None
+
+
+def _needed(attributes: Attributes, fits: Callable[[Attributes], None]) -> Attributes:
+    """What is left of attributes that fit once all that can be dropped is: by name, then module by module."""
+    left = {path: dict(values) for path, values in attributes.items()}
+    for name in dict.fromkeys(name for values in attributes.values() for name in values):
+        holding = [path for path, values in left.items() if name in values]
+        for paths in [holding, *([path] for path in holding if len(holding) > 1)]:
+            fewer = {
+                path: kept
+                for path, values in left.items()
+                if (kept := {n: v for n, v in values.items() if n != name or path not in paths})
+            }
+            if fewer != left and _misfit(fewer, fits) is None:
+                left = fewer
+    return left
+
+
+def _trials(model: nn.Module, changes: Sequence[Change], known: Attributes) -> Iterator[Attributes]:
+    """Yield ways to set the attributes, each once: none, those of the innermost modules that have any, then of all."""
+    seen: list[Attributes] = [{}]
+    yield {}
+    for every, limit in ((False, TRIALS // 2), (True, TRIALS)):
+        options = list(_options(model, changes, known, every).values())
+        for chosen in _choices([len(values) for values in options]):
+            attributes: dict[str, dict[str, Any]] = {}
+            for values, choice in zip(options, chosen, strict=True):
+                for (path, name), value in values[choice - 1].items() if choice else ():
                     attributes.setdefault(path, {})[name] = value
-            if attributes not in seen:
-                seen.append(attributes)
-                yield attributes
-            if len(seen) > TRIALS:
-                return
+            if attributes in seen:
+                continue
+            if len(seen) >= limit:
+                break
+            seen.append(attributes)
+            yield attributes
 
 
-_Values: TypeAlias = tuple[tuple[str, str, Any], ...]
+def _choices(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield choices of one option each, 0 = none: all first ones, none at all, then what differs from these ever more.
+
+    Example:
+        >>> list(_choices([1, 2]))[:6]
+        [(1, 1), (0, 0), (0, 1), (1, 0), (1, 2), (1, 0)]
+    """
+    for far in range(len(counts) + 1):
+        for usual in (1, 0):
+            for places in itertools.combinations(range(len(counts)), far):
+                others = [[n for n in range(counts[place] + 1) if n != usual] for place in places]
+                for values in itertools.product(*others):
+                    changed = dict(zip(places, values, strict=True))
+                    yield tuple(changed.get(place, usual) for place in range(len(counts)))
 
 
-def _candidates(model: nn.Module, changes: Sequence[Change], every: bool) -> dict[tuple[type, str], dict[str, _Values]]:
-    """Return for each attribute of each class of modules, by what it may be the size of, its values; or none at all."""
-    found: dict[tuple[type, str], list[dict[str, tuple[str, str, Any]]]] = {}
+_Values: TypeAlias = dict[tuple[str, str], Any]
+"""By module and attribute."""
+
+
+def _options(
+    model: nn.Module, changes: Sequence[Change], known: Attributes, every: bool
+) -> dict[tuple[type, str], list[_Values]]:
+    """Return for each attribute of each class of modules the values that it may have instead, distinct ones."""
+    found: dict[tuple[type, str], dict[str, dict[Any, Any]]] = {}
     for change in changes:
         for path in change.modules:
             module = model.get_submodule(path)
-            options = {
-                name: {what: (path, name, new) for what, new in _options(value, change.sizes)}
+            fitting_here = {
+                name: options
                 for name, value in vars(module).items()
+                if name not in known.get(path, {}) and (options := dict(_instead(value, change.sizes)))
             }
-            for name, each in options.items():
-                if each:
-                    found.setdefault((type(module), name), []).append(each)
-            if any(options.values()) and not every:
+            for name, options in fitting_here.items():
+                found.setdefault((type(module), name), {}).setdefault(path, {}).update(options)
+            if fitting_here and not every:
                 break
-    result: dict[tuple[type, str], dict[str, _Values]] = {}
-    for key, modules in found.items():
-        shared = [what for what in modules[0] if all(what in each for each in modules)]
-        shared.sort(key=lambda what: _unlikely(key[1], what))
-        ways = {what: tuple(each[what] for each in modules) for what in shared}
-        if _unlikely(key[1], "") > 0:
-            result[key] = {"": (), **ways}
-        else:
-            result[key] = {**ways, "": ()}
-    return result
+    result: dict[tuple[type, str], list[_Values]] = {}
+    for (kind, name), modules in found.items():
+        distinct = result.setdefault((kind, name), [])
+        for of in next(iter(modules.values())):
+            values = {(path, name): options[of] for path, options in modules.items() if of in options}
+            if len(values) == len(modules) and values not in distinct:
+                distinct.append(values)
+    return {key: values for key, values in result.items() if values}
 
 
-def _unlikely(attribute: str, what: str) -> int:
-    """How little the name of an attribute sounds like what it would count: the likely ways come first."""
-    if "head_dim" in attribute or ("head_size" in attribute and "all" not in attribute):
-        return 2  # heads go as a whole: their own size stays
-    counts = any(word in attribute for word in ("heads", "groups", "n_head", "num_"))
-    return int(bool(what) and counts != what.startswith("count"))
+def _instead(value: Any, sizes: Sequence[Size]) -> Iterator[tuple[Any, Any]]:
+    """Yield what an attribute may be the size of, and what it is then; of several numbers, all or one may change.
 
-
-def _options(value: Any, sizes: Sequence[tuple[str, int, int]]) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int):
-        for what, before, after in sizes:
-            if value == before:
-                yield what, after
-    elif isinstance(value, (tuple, list)) and value and all(type(item) is int for item in cast("list[Any]", value)):
-        items = list(cast("Sequence[int]", value))
-        after = {before: after for _, before, after in reversed(sizes)}
-        if any(item in after for item in items):
-            yield "each", type(value)([after.get(item, item) for item in items])
+    Only of plain numbers and sequences: not of flags, of enumerations, of sequences whose items have names.
+    """
+    if type(value) is int:
+        for size in sizes:
+            if value == size.before:
+                yield size.of, size.after
+    elif type(value) in (list, tuple, torch.Size):
+        items = cast("Sequence[Any]", value)
+        after = {size.before: size.after for size in reversed(sizes)}
+        at = [i for i, item in enumerate(items) if type(item) is int and item in after]
+        if not all(type(item) is int for item in items):
+            return
+        for places in [at, *([i] for i in at if len(at) > 1)] if at else []:
+            yield tuple(places), cast(Any, type(items))([after[n] if i in places else n for i, n in enumerate(items)])
 
 
 def _alike(present: Any, value: Any) -> bool:

@@ -26,21 +26,19 @@ def zero_or_why(model: nn.Module, channels: Channels, constants: Constants, chan
             return channel.blocked
         if not norm.alone:
             return f"{norm.weight} scales it in an RMSNorm, and is used elsewhere as well"
-        if norm.eps != 0 and not list(_epsilons(model, norm)):
-            return f"the eps of the RMSNorm in {norm.modules[0]!r} is none of its attributes"
+        if norm.eps != 0 and len(list(_epsilons(model, norm))) != 1:
+            return f"the eps of the RMSNorm in {norm.modules[0]!r} is none of its attributes, or like several"
+        if norm.eps and norm.eps_elsewhere:
+            return f"the forward around the RMSNorm in {norm.modules[0]!r} uses a number like its eps elsewhere as well"
     return None
 
 
 def adapted(model: nn.Module, norm: Norm, before: int, after: int) -> dict[str, Any]:
-    """Return the attributes of an RMSNorm's module once `after` of `before` channels are left."""
-    module = vars(model.get_submodule(norm.modules[0]))
+    """Return what is known of an RMSNorm's attributes once `after` of `before` channels are left."""
     eps = Epsilon(before / after) if norm.eps is None else norm.eps * before / after
     values: dict[str, Any] = dict.fromkeys(_epsilons(model, norm), eps)
-    for name, value in module.items():
-        if type(value) is int and value == before:
-            values[name] = after
-        elif type(value) is tuple and value == (before,):
-            values[name] = (after,)
+    if isinstance(model.get_submodule(norm.modules[0]), nn.RMSNorm):
+        values["normalized_shape"] = (after,)
     return values
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tying.channels.find import Channels, Counted
-from tying.enforce.adapt import Change
+from tying.enforce.adapt import Change, Kind, Size
 from tying.enforce.live import Network
 from tying.enforce.norms import adapted
 from tying.plan import qualified
@@ -28,39 +28,58 @@ def scale_norms(network: Network, channels: Channels) -> dict[str, dict[str, Any
     return attributes
 
 
-def changed_sizes(network: Network, channels: Channels, gone: set[int]) -> dict[int, Change]:
+def changed_sizes(network: Network, channels: Channels, gone: set[int]) -> dict[int, tuple[Change, ...]]:
     """The sizes that change where heads, groups or channels of an RMSNorm go, by the number of each such channel."""
     numbers = {id(channel): number for number, channel in enumerate(channels)}
-    found: dict[int, Change] = {}
+    found: dict[int, list[Change]] = {}
     for number, channel in enumerate(channels):
-        if channel.norms and id(channel) in gone:
-            found[number] = Change(channels.norms[channel.norms[0]].modules[:1], ())
+        for norm in (channels.norms[i] for i in channel.norms if id(channel) in gone):
+            name = norm.weight.removeprefix(qualified(norm.modules[0], ""))
+            found.setdefault(number, []).append(Change(norm.modules[:1], tuple(_lengths(network, norm.weight, name))))
     for each in channels.counted:
-        missing = [channel for channel in each.channels if channel is not None and id(channel) in gone]
-        if missing:
-            change = Change(each.modules, tuple(_sizes(network, each, gone)))
-            found.update({numbers[id(channel)]: change for channel in missing})
+        missing = {id(channel) for channel in each.channels if channel is not None} & gone
+        sizes = tuple(_sizes(network, each, gone)) if missing else ()
+        for key in missing:
+            found.setdefault(numbers[key], []).append(Change(each.modules, sizes))
+    return {number: tuple(dict.fromkeys(changes)) for number, changes in found.items()}
+
+
+def last_ones(channels: Channels, gone: set[int]) -> dict[int, str]:
+    """Return why one head, or group, must stay wherever all would go; by the number of its channel."""
+    numbers = {id(channel): number for number, channel in enumerate(channels)}
+    found: dict[int, str] = {}
+    for each in channels.counted:
+        whole = [channel for channel in each.channels if channel is not None]
+        if whole and len(whole) == len(each.channels) and all(id(channel) in gone for channel in whole):
+            where = f"in {each.modules[0]!r}" if each.modules[0] else "in the model's forward"
+            found[numbers[id(whole[0])]] = f"all heads or groups {where} are silent, and one must be left"
     return found
 
 
-def _sizes(network: Network, counted: Counted, gone: set[int]) -> Iterator[tuple[str, int, int]]:
+def _sizes(network: Network, counted: Counted, gone: set[int]) -> Iterator[Size]:
     """What has another size now: the heads, the heads of keys, the tensors of the module, the width of all heads."""
     distinct = {id(channel): channel for channel in counted.channels}
     heads = len(counted.channels), sum(id(channel) not in gone for channel in counted.channels)
-    shared = len(distinct), sum(key not in gone for key in distinct)
-    yield "count", *heads
-    yield "count of keys", *shared
+    keys = len(distinct), sum(key not in gone for key in distinct)
+    yield Size(Kind.HEADS, *heads)
+    yield Size(Kind.KEYS, *keys)
     widths: dict[int, None] = {}
     for path in counted.modules:
-        for name, axes in network.live.items():
+        for name in network.live:
             if name.startswith(qualified(path, "")) or not path:
-                for axis, live in enumerate(axes):
-                    before, after = len(live), int(live.sum())
-                    if after < before:
-                        yield f"{name.removeprefix(path)}[{axis}]", before, after
-                        if before % heads[0] == 0 and after * heads[0] == before * heads[1]:
-                            widths[before // heads[0]] = None
+                for size in _lengths(network, name, name.removeprefix(path)):
+                    yield size
+                    if size.before % heads[0] == 0 and size.after * heads[0] == size.before * heads[1]:
+                        widths[size.before // heads[0]] = None
         if widths:
             break
     for width in widths:
-        yield "keys", shared[0] * width, shared[1] * width
+        yield Size(Kind.KEY_FEATURES, keys[0] * width, keys[1] * width)
+
+
+def _lengths(network: Network, name: str, shown: str) -> Iterator[Size]:
+    """The axes of a tensor that have another length now."""
+    for axis, live in enumerate(network.live[name]):
+        before, after = len(live), int(live.sum())
+        if after < before:
+            yield Size(Kind.TENSOR, before, after, shown, axis)
