@@ -156,7 +156,7 @@ def single_weights_tied(model: nn.Module) -> nn.Module:
     """Leave VALUES distinct numbers in every convolution: nothing is smaller or faster but what is stored."""
     weights = {f"{name}.weight": Groups.elements() for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     plan = tying.discover(model, weights, clusters=VALUES, method="kmeans", support=0.0)
-    tying.tie_(model, plan)
+    tying.tie_(model, plan, gradient="mean")  # the sum would move a value as far as its hundreds of weights together
     return model
 
 
