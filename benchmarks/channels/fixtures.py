@@ -10,11 +10,11 @@ if TESTS not in sys.path:
     sys.path.append(TESTS)
 
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
-from fuzzer import Drawn, fuzzed  # noqa: E402
+from fuzzer import fuzzed  # noqa: E402
 from fuzzer_steps import WIDE  # noqa: E402
-from streams import Span, Stream, feels, fill, kept, numbers, tensors_of  # noqa: E402
+from streams import Span, Stream, feels, fill, numbers, tensors_of  # noqa: E402
 
 __all__ = [
-    "ARCHITECTURES", "WIDE", "Architecture", "Drawn", "Span", "Stream", "feels", "fill", "fuzzed", "kept", "numbers",
+    "ARCHITECTURES", "TESTS", "WIDE", "Architecture", "Span", "Stream", "feels", "fill", "fuzzed", "numbers",
     "tensors_of",
 ]  # fmt: skip

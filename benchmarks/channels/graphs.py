@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from benchmarks.channels.fixtures import WIDE, fuzzed, tensors_of
 from benchmarks.channels.oracle import SAME, unlike
 from benchmarks.channels.plant import TIABLE
+from benchmarks.channels.trials import Outputs, outputs_of
 from tying.channels.find import Channel, Channels, Slice, find_channels
 from tying.enforce.compact import compact
 from tying.errors import TyingError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 
+LEFT = "free, and yet it stays"
 FEATURES = ("unread", "dead", "silent", "void")
 
 
@@ -36,11 +38,19 @@ class Graph:
     free: int
     channels: int
     """Of those with makers and readers, how many there are, and how many of them are said to be free to go."""
-    planted: int = 0
+    unread: int = 0
+    constant: int = 0
+    """The outputs of layers that nobody feels, and the others that are one number for every input: found by trial in
+    what was planted, whatever the package says of them."""
+    idle: int = 0
+    """The outputs of layers with no others: they are not counted above, since a layer keeps one output at least."""
+    unread_removed: int = 0
     removed: int = 0
-    """The channels that were planted so that nobody feels them, and how many of them went."""
+    """Of the unread ones, at least so many went; of both kinds, exactly so many."""
+    beyond: int = 0
+    """How many more went than were found by trial."""
     reasons: list[str] = field(default_factory=list)
-    """Why the others did not."""
+    """Why the unread ones that stay do, as the package says, or "not a channel"."""
     seconds: float = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,38 +115,93 @@ def _compacted(model: nn.Module, x: Tensor, channels: Channels, between: Sequenc
             zero(given, (s for s in channel.makers if kind != "dead" or tensors[s.parameter].ndim > 1))
         if kind in ("unread", "void"):
             zero(given, channel.readers)
+    _sow(given, chance)
     ties = _ties(given, chance)
     wanted = copy.deepcopy(given)
     for name, labels in ties.items():
         _average(tensors_of(wanted)[name].detach(), labels)
-    unfelt = [c for c, kind in chosen if kind in ("unread", "void") and moved(wanted, x, c) <= SAME]
+    others = [torch.randn(n, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+    truth = outputs_of(wanted, [x, others[0]])
+    tried = [each for each in truth.values() if not each.idle]
+    result.unread = sum(len(each.unread) for each in tried)
+    result.constant = sum(len(each.constant - each.unread) for each in tried)
+    result.idle = sum(each.count for each in truth.values() if each.idle)
     plan = TiePlan([Tie.of(name, Groups.inputs(), labels) for name, labels in ties.items()])
-    result.planted = len(unfelt)
     try:
         small = compact(given, plan, x)
     except TyingError as error:
         result.outcome, result.said = "refused", str(error)
-        result.reasons = [_short(result.said)] * len(unfelt)
+        result.reasons = [_short(result.said)] * result.unread
         return
-    others = [torch.randn(n, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
     with torch.no_grad():
         worst = max(unlike(wanted(other), small(other)) for other in others)
     result.outcome, result.said = ("equal", "") if worst <= SAME else ("differs", f"{worst:.3g}")
-    after = tensors_of(small)
-    for channel in unfelt:
-        first = channel.makers[0]
-        before = tensors_of(model)[first.parameter].shape[first.axis]
-        # what is left is shorter; which indices went can't be read off shapes, how many can
-        gone = before - (after[first.parameter].shape[first.axis] if first.parameter in after else before)
-        asked = sum(len(c.makers[0].indices) for c in unfelt if _same_axis(c, first))
-        if gone >= asked:
-            result.removed += 1
-        else:
-            result.reasons.append(_short(channel.blocked or "free, and yet it stays"))
+    _count(wanted, small, truth, channels, result)
 
 
-def _same_axis(channel: Channel, first: Slice) -> bool:
-    return (channel.makers[0].parameter, channel.makers[0].axis) == (first.parameter, first.axis)
+def _count(
+    wanted: nn.Module, small: nn.Module, truth: Mapping[str, Outputs], channels: Channels, result: Graph
+) -> None:
+    """Count what went, layer by layer, and why the rest did not."""
+    before, after = tensors_of(wanted), tensors_of(small)
+    for name, each in truth.items():
+        if each.idle:
+            continue
+        weight = before[name].detach().movedim(each.axis, 0)
+        left = weight if name not in after else after[name].detach().movedim(each.axis, 0)
+        gone, can = len(weight) - len(left), len(each.unread | each.constant)
+        result.removed += min(gone, can)
+        result.beyond += max(0, gone - can)
+        sure = surely_gone(weight, left, each)
+        result.unread_removed += sure
+        said = sorted(_why(channels, truth, name, each.axis, index) for index in each.unread)
+        said.sort(key=lambda reason: reason == LEFT)  # which of them stay is not known: rather those with a reason
+        result.reasons += [_short(reason) for reason in said[: len(each.unread) - sure]]
+
+
+def surely_gone(weight: Tensor, left: Tensor, outputs: Outputs) -> int:
+    """Return how many unread outputs went at least, outputs along axis 0 of both.
+
+    By number: what went and is no constant. By identity: what is left of an output are some of its own numbers, which
+    no other has; those of which nothing but zeros is left may be any.
+    """
+    by_number = len(weight) - len(left) - len(outputs.constant - outputs.unread)
+    flat, rest = weight.flatten(1), left.flatten(1)
+    same = (rest[:, None, :, None] - flat[None, :, None, :]).abs() <= 1e-12
+    alike = same.any(3).all(2) & (rest != 0).any(1)[:, None]  # (left, before)
+    known = alike.sum(1) == 1
+    there = set(alike[known].nonzero()[:, 1].tolist())
+    by_identity = len(outputs.unread - there) - int((~known).sum())
+    return min(len(outputs.unread), max(0, by_number, by_identity))
+
+
+def _why(channels: Channels, truth: Mapping[str, Outputs], name: str, axis: int, index: int) -> str:
+    """Why an unread output stays, as the package says."""
+    channel = channels.of(name, axis, index)
+    if channel is None:
+        return "not a channel"
+    if channel.blocked:
+        return channel.blocked
+    for part in channel.makers:
+        tried = truth.get(part.parameter)
+        if tried and part.axis == tried.axis and not set(part.indices) <= tried.unread | tried.constant:
+            return "part of a channel whose other outputs are read"
+    return LEFT
+
+
+def _sow(model: nn.Module, chance: random.Random) -> None:
+    """Zero some inputs and outputs of layers at random, whatever channels there are said to be."""
+    with torch.no_grad():
+        for _, layer in model.named_modules():
+            if type(layer) not in TIABLE:
+                continue
+            weight: Any = layer.weight
+            for axis in (1, 0):
+                if chance.random() < 0.25:
+                    some = chance.sample(range(weight.shape[axis]), chance.randint(0, weight.shape[axis] // 2))
+                    weight.index_fill_(axis, torch.tensor(some, dtype=torch.int64), 0)
+                    if axis == 0 and layer.bias is not None and chance.random() < 0.5:
+                        layer.bias[some] = 0
 
 
 def _together(model: nn.Module, between: Sequence[Channel], chance: random.Random) -> list[Channel]:

