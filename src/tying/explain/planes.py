@@ -84,6 +84,7 @@ def box(seen: Tensor) -> tuple[tuple[int, int], ...]:
     """Return the smallest box around what is marked, (first, last + 1) along each dimension; empty: (0, 0).
 
     Example:
+        >>> import torch
         >>> box(torch.tensor([[False, True, True], [False, False, True]]))
         ((0, 2), (1, 3))
     """
