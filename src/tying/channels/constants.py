@@ -83,14 +83,13 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
     """
     tracer = trace(graph)
     reads = {read.call.node: read for read in tracer.readings}
-    norms = {scaled.call.node: number for number, scaled in enumerate(tracer.scaled)}
+    norms = {norm.call.node: number for number, norm in enumerate(tracer.norms)}
     found: dict[int, Reading | None] = {}
     zeros: dict[int, tuple[bool, ...]] = {}
     with torch.no_grad():
         for call in _computed(graph, tree_leaves(example_inputs)):
             if call.node in norms:
-                scaled = tracer.scaled[norms[call.node]]
-                present = call[scaled.operand].present
+                present = call[tracer.norms[norms[call.node]].operand].present
                 zeros[norms[call.node]] = tuple((present.reshape(-1, present.shape[-1]) == 0).all(0).tolist())
             if call.node in reads:
                 read = reads[call.node]

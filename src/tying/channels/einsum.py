@@ -73,7 +73,7 @@ def _weighted(
     inner = lying[0] if lying else next((c for c in term if c in both and c not in out), None)
     if inner is None:
         return None
-    line = tracer.column(labels, term.index(inner), f"{call} reads it along another axis")
+    line = tracer.line(labels, term.index(inner), f"{call} reads it along another axis")
     read = lines[inner]
     if line is None or read is None:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
-from tying.channels.graph import Graph, Source, export
+from tying.channels.graph import Graph, Source, export, modules_of
 from tying.channels.labels import Ledger, Weight
 from tying.channels.rules import apply
 from tying.channels.tracer import Tracer, values_in
@@ -103,6 +103,8 @@ class Norm:
     """None: that of the dtype."""
     alone: bool
     """Whether nothing else uses the weight."""
+    eps_elsewhere: bool = False
+    """Whether the forward of its module, or of one around it, uses a number like its eps for something else."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def channels_of(graph: Graph) -> Channels:
     """Find the channels of an exported model: `find_channels` in two steps, where the graph serves twice."""
     tracer = trace(graph)
     ledger = tracer.ledger
-    settled = ledger.settle([each.labels for each in tracer.several if each.cut])
+    settled = ledger.settle([each.labels for each in tracer.counted if each.cut])
     classes = settled.classes
     leaving = {int(c) for labels in tracer.outputs for c in np.unique(classes[labels.reshape(-1).numpy()])}
     makers: dict[int, list[Slice]] = {}
@@ -201,7 +203,7 @@ def channels_of(graph: Graph) -> Channels:
     }
     counted = [
         Counted(each.modules, tuple(found.get(c) for c in classes[each.labels.numpy()].tolist()))
-        for each in tracer.several
+        for each in tracer.counted
     ]
     return Channels(tuple(found.values()), tuple(counted), _norms(graph, tracer))
 
@@ -209,16 +211,24 @@ def channels_of(graph: Graph) -> Channels:
 def _norms(graph: Graph, tracer: Tracer) -> tuple[Norm, ...]:
     names = {node: graph.sources[node.name].name for node in graph.nodes if node.op == "placeholder"}
     users: dict[str, set[Node]] = {}
-    ends: dict[str, set[Node]] = {}
+    own: dict[str, tuple[set[Node], set[Node]]] = {}
     for node, name in names.items():
         users.setdefault(name, set()).update(node.users)
-    for scaled in tracer.scaled:
-        ends.setdefault(names[scaled.weight], set()).add(scaled.end)
-    return tuple(
-        Norm(scaled.call.modules, name, scaled.eps, users[name] == ends[name] and name in graph.tensors)
-        for scaled in tracer.scaled
-        for name in (names[scaled.weight],)
-    )
+    for norm in tracer.norms:
+        for nodes, node in zip(own.setdefault(names[norm.weight], (set(), set())), (norm.start, norm.end), strict=True):
+            nodes.add(node)
+    literals = {node: modules_of(node)[0] for node in graph.nodes if node.op == "call_function"}
+    result: list[Norm] = []
+    for norm in tracer.norms:
+        name = names[norm.weight]
+        starts, ends = own[name]
+        elsewhere = any(
+            module in norm.call.modules and node not in starts and norm.eps in (*node.args, *node.kwargs.values())
+            for node, module in literals.items()
+        )
+        alone = users[name] == ends and name in graph.tensors
+        result.append(Norm(norm.call.modules, name, norm.eps, alone, elsewhere))
+    return tuple(result)
 
 
 def trace(graph: Graph) -> Tracer:

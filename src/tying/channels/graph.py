@@ -36,9 +36,7 @@ class Call:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules in whose forward it stands, from the inside out; "" is the model."""
-        stack: dict[str, tuple[str, Any]] = self.node.meta.get("nn_module_stack") or {}
-        paths = (re.sub(r"@\d+", "", path) for path, _ in reversed(stack.values()))  # "@1": called again
-        return tuple(dict.fromkeys([*paths, ""]))
+        return modules_of(self.node)
 
     def __str__(self) -> str:
         module = self.modules[0]
@@ -120,6 +118,13 @@ class Graph:
         named = [(self.sources[node.name], bool(node.users)) for node in self.nodes if node.op == "placeholder"]
         used = {source.name for source, is_used in named if is_used} - self.unread
         return [source.name for source, _ in named if source.kind == "parameter" and source.name not in used]
+
+
+def modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Return the modules in whose forward a node stands, from the inside out; "" is the model."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths = (re.sub(r"@\d+", "", path) for path, _ in reversed(stack.values()))  # "@1": called again
+    return tuple(dict.fromkeys([*paths, ""]))
 
 
 def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Graph:

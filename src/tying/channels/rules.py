@@ -113,10 +113,24 @@ def cut(tracer: Tracer, call: Call) -> Any:
     axis = int(call["dim"] or 0) % layers[0].ndim
     if call.name in ("slice", "narrow") and tuple(layers[0].shape) == call.shape:
         return result
-    chunks = len(call.outputs) if call.is_chunk else None
+    pieces, reason = _pieces(call, axis, layers[0].shape[axis]), f"{call} cuts it at positions written in forward"
+    literal = not (call.is_chunk and len(set(pieces)) == 1)
     for labels in layers:
-        tracer.ledger.require_fixed(labels, axis, chunks, f"{call} cuts it at positions written in forward")
+        tracer.ledger.require_fixed(labels, axis, pieces, literal, reason)
     return result
+
+
+def _pieces(call: Call, axis: int, length: int) -> list[int]:
+    """The lengths into which an operation cuts an axis; [] if it does something else."""
+    if call.name in ("slice", "narrow"):
+        if call.name == "slice":
+            start, stop, step = slice(call["start"], call["end"], call["step"]).indices(length)
+        else:
+            start, step = int(call["start"]) % length, 1
+            stop = start + int(call["length"])
+        return [n for n in (start, stop - start, length - stop) if n] if step == 1 and start < stop else []
+    outputs = [tuple(out.shape) for out in call.outputs]
+    return [shape[axis] for shape in outputs] if "split" in call.name or "chunk" in call.name else []
 
 
 def pointwise(tracer: Tracer, call: Call) -> Any:
@@ -148,7 +162,7 @@ def glu(tracer: Tracer, call: Call) -> Tensor:
     """One half gates the other: a channel has one index in each."""
     labels = tracer.labels(call["self"], call)
     axis = int(call["dim"]) % labels.ndim
-    tracer.ledger.require_fixed(labels, axis, 2, f"{call} cuts it in two")
+    tracer.ledger.require_fixed(labels, axis, [labels.shape[axis] // 2] * 2, False, f"{call} cuts it in two")
     value, gate = labels.chunk(2, axis)
     tracer.ledger.unite(value, gate)
     return value
@@ -171,7 +185,7 @@ def contract(
     outer = weight.along(dims[1]) if isinstance(weight, Weight) and not weight.is_buffer else None
     if inner is None or outer is None:
         return tracer.deny(call, f"{call} reads it with a weight that is computed, or not read axis by axis")
-    line = tracer.column(labels, axis, f"{call} reads it along another axis")
+    line = tracer.line(labels, axis, f"{call} reads it along another axis")
     if line is None:
         return tracer.deny(call, f"{call} reads along another axis than that of the channels")
     tracer.ledger.unite(line, inner)
@@ -223,7 +237,7 @@ def convolution(tracer: Tracer, call: Call) -> Any:
         return contract(tracer, call, "input", axis, call["weight"], dims, call["bias"], axis)
     weight = call["weight"]
     rows = weight.along(0) if isinstance(weight, Weight) and not weight.is_buffer else None
-    line = tracer.column(tracer.labels(call["input"], call, axis=axis), axis, f"{call} reads it along another axis")
+    line = tracer.line(tracer.labels(call["input"], call, axis=axis), axis, f"{call} reads it along another axis")
     if rows is None or line is None:
         return tracer.deny(call, f"{call} reads it with a weight that is computed, or along another axis")
     first = line.reshape(groups, -1)[:, :1]
@@ -302,7 +316,7 @@ def roll(tracer: Tracer, call: Call) -> Any:
     if not dims or not isinstance(value, Tensor):
         return tracer.deny(call)
     for dim in dims:
-        tracer.ledger.require_fixed(value, dim % value.ndim, None, f"{call} moves it round to the other end")
+        tracer.ledger.require_fixed(value, dim % value.ndim, [], True, f"{call} moves it round to the other end")
     return move(tracer, call)
 
 

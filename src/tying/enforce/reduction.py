@@ -18,7 +18,7 @@ from tying.channels.find import Channel, Channels, Slice
 from tying.enforce.adapt import Change
 from tying.enforce.live import READERS, Network, everything_pruned
 from tying.enforce.norms import zero_or_why
-from tying.enforce.sizes import changed_sizes, scale_norms
+from tying.enforce.sizes import changed_sizes, last_ones, scale_norms
 from tying.enforce.surgery import check_has_tied_twin
 from tying.errors import CompactError
 from tying.plan import Tie, TiePlan
@@ -52,7 +52,7 @@ class Compaction:
     """The tensors that change, by first name, float64, of their new size."""
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """By module name: the attributes that change, as the number of heads."""
-    changes: Mapping[int, Change] = field(default_factory=dict[int, "Change"], repr=False)
+    changes: Mapping[int, tuple[Change, ...]] = field(default_factory=dict[int, "tuple[Change, ...]"], repr=False)
     """Of the channels that go (by number), those with which sizes change that a forward may have written down."""
 
     def __str__(self) -> str:
@@ -86,9 +86,12 @@ def reduce(
         CompactError: If a layer is left without units or inputs, or its inputs are tied and it has no tied twin.
     """
     network = Network(reference)
-    channels = _decided(reference, channels, constants, refused or {})
+    whole, refused = channels, refused or {}
+    channels = _decided(reference, channels, constants, refused)
     folded, reasons = _fold(network, channels, constants)
     removed = _remove_unread(network, channels)
+    if last := last_ones(channels, {id(channel) for channel in removed}):
+        return reduce(reference, plan, whole, constants, {**refused, **last})
     network.check_something_is_left()
     attributes = scale_norms(network, channels)
     gone = {id(channel) for channel in removed}
