@@ -26,7 +26,9 @@ from tying.channels.find import Slice, channels_of, find_channels
 from tying.channels.graph import Call, export
 from tying.channels.labels import Ledger, unique
 from tying.channels.tracer import Tracer, spread
+from tying.enforce.compact import compact
 from tying.errors import CompactError
+from tying.plan import TiePlan
 
 REGISTERED = [pytest.param(network, id=name) for name, network in NETWORKS.items()]
 
@@ -262,3 +264,40 @@ def test_an_embedding_with_a_tied_head() -> None:
     with torch.no_grad():
         model.table.weight[:, 1] = 0.25
     assert find_constants(model, ids).readings["body.weight", 1, 1].value == 0.25
+
+
+def test_a_rule_that_breaks_down_denies_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tracer: Tracer, call: Call) -> None:
+        raise RuntimeError("a shape that no rule expects")
+
+    monkeypatch.setitem(rules.RULES, "relu", broken)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    reason = find_channels(model, torch.zeros(1, 2)).of("0.weight", 0, 0).blocked
+    assert reason == "relu in '1' is beyond the rule for it (RuntimeError)"
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_named(kind: type[nn.RNNBase]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), kind(4, 6))
+    channel = find_channels(model, torch.zeros(2, 5, 3)).of("0.weight", 0, 0)
+    assert "in '1' has no rule" in channel.blocked
+
+
+def test_an_axis_of_one_that_einsum_spreads_over_heads_is_followed() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.o = nn.Linear(12, 12), nn.Linear(12, 4), nn.Linear(12, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = (layer(x).unflatten(-1, (-1, 4)) for layer in (self.q, self.k))
+            scores = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
+            return self.o(torch.einsum("bhts,bshd->bthd", scores, k).flatten(2))
+
+    torch.manual_seed(0)
+    model, x = Shared().double().eval(), torch.randn(2, 5, 12).double()
+    with torch.no_grad():
+        model.o.weight[:, 4:8] = 0
+    small = compact(model, TiePlan([]), x)
+    assert small.q.out_features == 8
+    torch.testing.assert_close(small(x), model(x))

@@ -17,7 +17,7 @@ from tying.enforce.compact import compact, plan_compaction
 from tying.enforce.tie import tie_
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
-from tying.nn import TiedConv2d
+from tying.nn import TiedConv2d, TiedLinear
 from tying.plan import Member, Partition, Tie, TiePlan
 
 module_under_test = importlib.import_module("tying.enforce.compact")
@@ -55,7 +55,7 @@ class Concat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([torch.sigmoid(self.left(x)), torch.relu(self.right(x))], 1)
-        return self.head((self.read(x) * torch.sigmoid(self.side(x))).flatten(1)[:, :12])
+        return self.head((self.read(x) * torch.sigmoid(self.side(x))).flatten(1))
 
 
 class TwoHeads(nn.Module):
@@ -640,7 +640,7 @@ MISTAKES = {
     "parametrized": (parametrized, (CompactError, PlanError), r"^0: expected plain parameters.*untie_"),
     "a view of another": (a_view, CompactError, r"[01]\.weight.*shares it with [01]\.weight"),
     "shared and tied": (shared_and_tied, CompactError, r"^twice\.weight: .*shared by 2 modules"),
-    "transposed": (transposed, CompactError, r"^encoder\.weight: .*used transposed as well"),
+    "transposed": (transposed, CompactError, r"^encoder\.weight: .*used outside of its own forward as well"),
     "control flow": (branches, CompactError, r"."),
     "inputs that do not fit": (fails, CompactError, r"^0: expected a forward that runs.*; pass example_inputs as"),
     "inputs of no tensor": (lambda: (*of_mlp()[:2], [1.0]), CompactError, r"^example_inputs: .*list"),
@@ -673,3 +673,34 @@ def test_an_empty_plan_gives_an_equal_copy():
     small = compact(model, TiePlan(), NETWORKS["resnet"][1])
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in small.state_dict().items())
+
+
+def test_a_tied_layer_that_is_tied_with_another_model_is_refused_by_name():
+    one, other = (nn.Sequential(TiedLinear([0, 0, 1], 4), nn.Linear(4, 2)) for _ in range(2))
+    pair = nn.ModuleDict({"one": one, "other": other})
+    members = tuple(Member(f"{name}.0.weight", Groups.outputs()) for name in pair)
+    tie_(pair, TiePlan([Tie(members, Partition([0, 1, 2, 3] * 2))]))
+    for call in (compact, plan_compaction):
+        with pytest.raises(CompactError, match="expected a model by itself"):
+            call(one, TiePlan([]), torch.randn(2, 3))
+
+
+def test_a_weight_that_its_model_uses_by_itself_is_not_tied():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) + torch.relu(self.a(x)) @ self.b.weight.T
+
+    tied = TiePlan([Tie.of("b.weight", Groups.inputs(), [0, 0, 1, 2])])
+    with pytest.raises(CompactError, match=r"^b\.weight: .*used outside of its own forward as well"):
+        compact(Both(), tied, torch.randn(2, 3))
+    small = compact(Both(), TiePlan([Tie.of("b.weight", Groups.inputs(), [0, -1, 1, 2])]), torch.randn(2, 3))
+    assert small.b.weight.shape == (2, 3)
+
+
+def test_a_plan_is_made_with_a_tolerance():
+    with pytest.raises(CompactError, match=r"^tolerance: "):
+        plan_compaction(build("mlp"), TiePlan([]), floats(2, 8), tolerance=float("nan"))

@@ -100,3 +100,66 @@ def test_a_scale_that_is_computed_makes_no_constant(forward: Callable[[nn.Module
     model.register_buffer("ones", torch.ones(3, 2))
     model.register_buffer("zeros", torch.zeros(2))
     assert not find_constants(model, torch.ones(1, 2)).readings
+
+
+def positions_in_a_table() -> nn.Module:
+    return Net(
+        lambda m, x: m.reader(torch.relu(m.embed(x) + m.table.weight[: x.shape[1]])),
+        embed=nn.Linear(3, 8), table=nn.Embedding(20, 8), reader=nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def positions_looked_up() -> nn.Module:
+    return Net(
+        lambda m, x: m.reader(torch.relu(m.embed(x) + m.table(torch.arange(x.shape[1])))),
+        embed=nn.Linear(3, 8), table=nn.Embedding(20, 8), reader=nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def positions_by_index() -> nn.Module:
+    return Net(
+        lambda m, x: m.reader(torch.relu(m.embed(x) + m.table.weight[torch.arange(x.shape[1])])),
+        embed=nn.Linear(3, 8), table=nn.Embedding(20, 8), reader=nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def positions_counted() -> nn.Module:
+    return Net(
+        lambda m, x: m.reader(torch.relu(m.embed(x) + torch.arange(x.shape[1])[:, None])),
+        embed=nn.Linear(3, 8), table=nn.Embedding(20, 8), reader=nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def law_constant_at_every_length(make: Callable[[], nn.Module], length: int) -> set[int]:
+    """What is proven constant from an example of one length is so at others, and its value is the same."""
+    torch.manual_seed(0)
+    model = make().double()
+    with torch.no_grad():
+        model.embed.weight[1:3] = 0
+        model.table.weight[:, 2] = 0.5
+    seen: list[torch.Tensor] = []
+    model.reader.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    readings = find_constants(model, torch.randn(2, length, 3, dtype=torch.float64)).readings
+    seen.clear()
+    for other in (1, 7, 20):
+        model(torch.randn(2, other, 3, dtype=torch.float64))
+    for (_, _, index), reading in readings.items():
+        values = torch.cat(seen)[:, index]
+        torch.testing.assert_close(values, torch.full_like(values, reading.value), rtol=0, atol=1e-12)
+    return {index for _, _, index in readings}
+
+
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("make", [positions_in_a_table, positions_looked_up, positions_by_index, positions_counted])
+def test_what_positions_make_constant_is_so_at_every_length(make: Callable[[], nn.Module], length: int) -> None:
+    assert law_constant_at_every_length(make, length) == (set() if make is positions_counted else {2})
+
+
+def test_constants_of_a_part_of_a_table_fail_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "read_in_part", lambda call, facts: None)
+    with pytest.raises(AssertionError):
+        law_constant_at_every_length(positions_in_a_table, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(constants.operations, "COUNTERS", frozenset())
+    with pytest.raises(AssertionError):
+        law_constant_at_every_length(positions_counted, 1)

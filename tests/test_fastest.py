@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tying.enforce import compact
+from tying.enforce import compact, fastest
+from tying.enforce.description import describe, rebuild
 from tying.enforce.fastest import MARGIN, choose_fastest_
-from tying.enforce.surgery import describe, rebuild, set_ways_, ways_of
+from tying.enforce.surgery import set_ways_, ways_of
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import TiedConv2d, TiedLinear
 from tying.plan import Tie, TiePlan
 from tying.store import load, save
+
+SLOW = {"select": (3.0, 4.0), "dense": (3.0, 4.0)}
 
 
 def network() -> nn.Module:
@@ -73,11 +76,57 @@ def test_a_measurement_in_training_mode_would_fail_the_law():
         law_unchanged(small, before)
 
 
-def test_compact_chooses_and_computes_the_same_of_the_same_values():
-    usual, fast = (compact(network().eval(), PLAN, X, fastest=fastest) for fastest in (False, True))
+def law_same_of_the_same_values(fast: nn.Module, usual: nn.Module, ways: dict[str, str]) -> None:
+    """The ways are those chosen; the values are the same, and what is computed of them."""
     assert ways_of(usual) == {}
+    assert ways_of(fast) == ways
     torch.testing.assert_close(fast.state_dict(), usual.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(fast(X), usual(X))
+
+
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Let the layers seem fastest in another way each."""
+    turns = iter(["dense", "select", "dense"])
+    monkeypatch.setattr(fastest, "_best", lambda seconds: next(turns))
+    return {"0": "dense", "4": "select", "6": "dense"}
+
+
+def test_compact_chooses_and_computes_the_same_of_the_same_values(monkeypatch):
+    usual, ways = compact(network().eval(), PLAN, X), in_turn(monkeypatch)
+    law_same_of_the_same_values(compact(network().eval(), PLAN, X, fastest=True), usual, ways)
+
+
+def test_a_way_that_computes_something_else_is_refused_and_fails_the_law(monkeypatch):
+    usual, ways = compact(network().eval(), PLAN, X), in_turn(monkeypatch)
+    whole = TiedConv2d.forward
+
+    def broken(self: TiedConv2d, x: Tensor) -> Tensor:
+        return whole(self, x) * (1.001 if self.way == "select" else 1)
+
+    monkeypatch.setattr(TiedConv2d, "forward", broken)
+    with pytest.raises(CompactError, match=r"^4: expected the outputs of the projected model"):
+        compact(network().eval(), PLAN, X, fastest=True)
+    fast = copy.deepcopy(usual)
+    set_ways_(fast, ways)
+    with pytest.raises(AssertionError):
+        law_same_of_the_same_values(fast, usual, ways)
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_inputs_of_another_type_are_measured_as_they_are_compacted(dtype, given):
+    small = compact(network().eval().to(dtype), PLAN, X.to(given), fastest=True)
+    assert small[0].weight.dtype == dtype
+    mixed = nn.Sequential(TiedLinear([0, 0, 1], 2).double(), nn.Linear(2, 1))
+    with pytest.raises(CompactError, match=r"^1: expected a forward that runs"):
+        choose_fastest_(mixed, torch.randn(2, 3).double())
+
+
+def test_a_way_that_was_chosen_before_stays():
+    small = compact(network().eval(), PLAN, X)
+    set_ways_(small, {"0": "dense", "4": "select"})
+    again = compact(small, TiePlan([]), X)
+    assert ways_of(again) == {"0": "dense", "4": "select"}
+    torch.testing.assert_close(again(X), small(X))
 
 
 def test_a_model_without_ties_has_nothing_to_choose():
@@ -96,7 +145,7 @@ def test_a_model_that_does_not_run_is_named_and_keeps_its_ways():
     assert not model[0]._forward_pre_hooks
 
 
-def test_a_layer_called_twice_with_a_keyword_is_measured_as_a_whole():
+def test_a_layer_called_twice_with_a_keyword_is_measured_as_a_whole(monkeypatch):
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,8 +154,12 @@ def test_a_layer_called_twice_with_a_keyword_is_measured_as_a_whole():
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x=self.layer(x))
 
+    calls = iter([{"sum": (1.0, 2.0), "select": (2.0, 3.0), "dense": (0.5, 4.0)}, {"sum": (8.0, 9.0)} | SLOW])
+    monkeypatch.setattr(fastest, "_seconds", lambda *_: next(calls))
     [choice] = choose_fastest_(Twice(), torch.randn(2, 4))
-    assert set(choice.seconds) == {"sum", "select", "dense"}
+    assert choice.seconds == {"sum": (9.0, 11.0), "select": (5.0, 7.0), "dense": (3.5, 8.0)}
+    assert choice.way == "dense"
+    assert not list(calls)
 
 
 @pytest.mark.parametrize("way", ["select", "dense"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tying.enforce.surgery import describe, place_tied_, rebuild, replace_, sizes_of
+from tying.enforce.description import describe, rebuild
+from tying.enforce.surgery import place_tied_, replace_, sizes_of
 from tying.errors import CompactError, PlanError
 from tying.nn import TiedConv2d, TiedLinear
 
@@ -187,3 +188,17 @@ def test_a_parametrized_tensor_is_not_replaced():
     model = parametrized()
     with pytest.raises(CompactError, match=r"0\.bias: expected a plain parameter"):
         replace_(model, {"0.bias": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(("layer", "dims"), [(nn.Conv2d, 4), (nn.Conv3d, 5)])
+def test_what_is_cut_lies_in_memory_as_before(layer, dims):
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}[dims]
+    model = nn.Sequential(layer(4, 6, 3), layer(6, 4, 3), layer(4, 2, 3)).to(memory_format=last)
+    replace_(model, {"1.weight": model[1].weight[:2]})
+    place_tied_(model, {"2": [0, 0, 1, -1]})
+    assert all(module.weight.is_contiguous(memory_format=last) for module in model)
+    usual = nn.Sequential(layer(4, 6, 3))
+    replace_(usual, {"0.weight": usual[0].weight[:2]})
+    assert usual[0].weight.is_contiguous()
+    fresh = nn.Sequential(layer(4, 6, 3), layer(6, 4, 3), layer(4, 2, 3)).to(memory_format=last)
+    assert rebuild(fresh, describe(model))[1].weight.is_contiguous(memory_format=last)

@@ -8,6 +8,7 @@ whole as soon as anything that goes in varies.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from tying.channels import operations
+from tying.channels.facts import TABLES, Fact, read_in_part, run
 from tying.channels.find import trace
 from tying.channels.graph import Call, Graph, export
 
@@ -97,28 +99,15 @@ def constants_of(graph: Graph, example_inputs: Tensor | tuple[Tensor, ...]) -> C
                 for label, value in zip(read.labels.tolist(), seen, strict=True):
                     reading = None if value is None else Reading(value, read.padded)
                     found[label] = _agreed(found[label], reading) if label in found else reading
+    axes = [(start, name, axis) for name, starts in tracer.ledger.starts.items() for axis, start in enumerate(starts)]
+    proven = [(label, reading) for label in sorted(found) if (reading := found[label]) is not None]
     named = {
-        (alias, axis, index): reading
-        for name, starts in tracer.ledger.starts.items()
-        for axis, start in enumerate(starts)
-        for index in range(tracer.ledger.shapes[name][axis])
-        if (reading := found.get(start + index)) is not None
+        (alias, axis, label - start): reading
+        for label, reading in proven
+        for start, name, axis in (axes[bisect_right(axes, label, key=lambda each: each[0]) - 1],)
         for alias in (name, *graph.aliases[name])
     }
     return Constants(named, zeros)
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A value on the example inputs, float64, and for each element whether it may vary with them."""
-
-    value: Tensor
-    varies: Tensor
-
-    @property
-    def present(self) -> Tensor:
-        """1 where the value may be other than zero, else 0; float64."""
-        return ((self.value != 0) | self.varies).double()
 
 
 def _facts(nested: Any) -> list[Fact]:
@@ -186,7 +175,7 @@ def _apply(call: Call) -> Any:
     if not any(isinstance(out, Tensor) for out in call.outputs):
         return None
     try:
-        values = _run(call, lambda fact: fact.value)
+        values = run(call, lambda fact: fact.value)
         masks = _varying(call)
         facts = [Fact(_double(v), m.expand(v.shape)) for v, m in zip(values, masks, strict=True)]
     except Exception:  # what can't be computed here is not proven constant: default deny
@@ -195,18 +184,14 @@ def _apply(call: Call) -> Any:
     return facts if isinstance(call.node.meta.get("val"), list | tuple) else facts[0]
 
 
-def _run(call: Call, pick: Callable[[Fact], Tensor], **changed: Any) -> list[Tensor]:
-    """Run the operation with a tensor in the place of every fact."""
-    result = call.run(lambda item: pick(item) if isinstance(item, Fact) else item, **changed)
-    return list(result) if isinstance(result, list | tuple) else [result]
-
-
 def _varying(call: Call) -> list[Tensor]:
     """Return which elements of the outputs may vary; broadcasts to their shapes."""
     facts = _facts(list(call.arguments.values()))
     everything = [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
-    if call.random and _draws(call):
+    if (call.random and _draws(call)) or call.name in operations.COUNTERS:
         return everything
+    if call.name in TABLES and (read := read_in_part(call, facts)) is not None:
+        return read
     if not any(bool(fact.varies.any()) for fact in facts):
         return [~mask for mask in everything]
     mask = _mask_for(call)
@@ -232,7 +217,7 @@ def _mask_for(call: Call) -> Mask | None:
 
 def _moved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     changed = {"value": 0} if call.name in ("pad", "constant_pad_nd") else {}
-    return _run(call, lambda fact: fact.varies.double(), **changed)
+    return run(call, lambda fact: fact.varies.double(), **changed)
 
 
 def _pooled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
@@ -258,7 +243,7 @@ def _convolved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     if not isinstance(value, Fact) or not isinstance(weight, Fact) or _others_vary(value, facts):
         return [torch.ones(1)]
     dims, groups = int(call.name[-2]), int(call["groups"] or 1)
-    taps = weight.present.flatten(2).amax(2)
+    taps = ((weight.value != 0) | weight.varies).flatten(2).any(2).double()
     if "transpose" in call.name:  # (in, out / groups) → (out, in / groups)
         taps = taps.reshape(groups, -1, taps.shape[1]).mT.reshape(-1, taps.shape[0] // groups)
     seen = value.present if _meets_border(call, weight) else value.varies.double()

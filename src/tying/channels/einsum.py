@@ -46,12 +46,15 @@ def _activations(tracer: Tracer, call: Call, labels: tuple[Tensor, Tensor], term
     both = [c for c in terms[0] if c in terms[1]]
     batch, inner = [c for c in out if c in both], [c for c in both if c not in out]
     own = [[c for c in term if c not in both] for term in terms]
-    sizes = {c: n for term, each in zip(terms, labels, strict=True) for c, n in zip(term, each.shape, strict=True)}
+    sizes = dict.fromkeys(terms[0] + terms[1], 1)
+    for term, each in zip(terms, labels, strict=True):
+        sizes.update({c: max(n, sizes[c]) for c, n in zip(term, each.shape, strict=True)})
 
     def arranged(which: int, *parts: list[str]) -> Tensor:
-        order = [terms[which].index(c) for part in (batch, *parts) for c in part]
+        letters = [c for part in (batch, *parts) for c in part]
+        order = [terms[which].index(c) for c in letters]
         shape = [sizes[c] for c in batch] + [math.prod(sizes[c] for c in part) for part in parts]
-        return labels[which].permute(order).reshape(shape)
+        return labels[which].permute(order).expand([sizes[c] for c in letters]).reshape(shape)
 
     left, right = arranged(0, own[0], inner), arranged(1, inner, own[1])
     result = multiply(tracer, call, left, right, (*left.shape[:-1], right.shape[-1]))

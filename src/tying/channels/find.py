@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tying.channels.graph import Graph, Source, export, modules_of
-from tying.channels.labels import Ledger, Weight
+from tying.channels.labels import Ledger, Weight, unique
 from tying.channels.rules import apply
 from tying.channels.tracer import Tracer, values_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Some indices of one axis of a parameter or of a BatchNorm statistic.
 
@@ -73,9 +73,11 @@ class Channel:
         """All that disappears with the channel: `makers` and `readers`, each (parameter, axis) once."""
         merged: dict[tuple[str, int], Slice] = {}
         for part in (*self.makers, *self.readers):
-            known = merged.get((part.parameter, part.axis), part)
-            indices = tuple(sorted({*known.indices, *part.indices}))
-            merged[part.parameter, part.axis] = Slice(part.parameter, part.axis, indices, part.aliases)
+            known = merged.get((part.parameter, part.axis))
+            if known is not None:
+                indices = tuple(sorted({*known.indices, *part.indices}))
+                part = Slice(part.parameter, part.axis, indices, part.aliases)
+            merged[part.parameter, part.axis] = part
         return tuple(merged.values())
 
 
@@ -114,6 +116,8 @@ class Channels:
     channels: tuple[Channel, ...]
     counted: tuple[Counted, ...] = ()
     norms: tuple[Norm, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
+    """The weights, by first name, that are used outside of the forward of the modules that hold them, too."""
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(self.channels)
@@ -175,7 +179,7 @@ def channels_of(graph: Graph) -> Channels:
     ledger = tracer.ledger
     settled = ledger.settle([each.labels for each in tracer.counted if each.cut])
     classes = settled.classes
-    leaving = {int(c) for labels in tracer.outputs for c in np.unique(classes[labels.reshape(-1).numpy()])}
+    leaving = {c for labels in tracer.outputs for c in classes[unique(labels)].tolist()}
     makers: dict[int, list[Slice]] = {}
     readers: dict[int, list[Slice]] = {}
     order: dict[int, None] = {}
@@ -184,8 +188,9 @@ def channels_of(graph: Graph) -> Channels:
             span = slice(start, start + ledger.shapes[name][axis])
             for marked, parts in ((ledger.made[span], makers), (ledger.read[span], readers)):
                 indices: dict[int, list[int]] = {}
-                for index in np.flatnonzero(marked).tolist():
-                    indices.setdefault(int(classes[start + index]), []).append(index)
+                present = np.flatnonzero(marked)
+                for index, found in zip(present.tolist(), classes[start + present].tolist(), strict=True):
+                    indices.setdefault(found, []).append(index)
                 for found, members in indices.items():
                     order[found] = None
                     part = Slice(name, axis, tuple(members), graph.aliases[name])
@@ -205,7 +210,20 @@ def channels_of(graph: Graph) -> Channels:
         Counted(each.modules, tuple(found.get(c) for c in classes[each.labels.numpy()].tolist()))
         for each in tracer.counted
     ]
-    return Channels(tuple(found.values()), tuple(counted), _norms(graph, tracer))
+    return Channels(tuple(found.values()), tuple(counted), _norms(graph, tracer), _elsewhere(graph))
+
+
+def _elsewhere(graph: Graph) -> frozenset[str]:
+    """The parameters that are used in the forward of a module that does not hold them."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and (source := graph.sources[node.name]).kind == "parameter":
+            names = (source.name, *graph.aliases.get(source.name, ()))
+            holders = {name.rpartition(".")[0] for name in names}
+            known = [user for user in node.users if user.meta.get("nn_module_stack")]
+            if any(modules_of(user)[0] not in holders for user in known):
+                found.add(source.name)
+    return frozenset(found)
 
 
 def _norms(graph: Graph, tracer: Tracer) -> tuple[Norm, ...]:
@@ -232,7 +250,13 @@ def _norms(graph: Graph, tracer: Tracer) -> tuple[Norm, ...]:
 
 
 def trace(graph: Graph) -> Tracer:
-    """Push labels through the graph: what the rules found is in the tracer and its ledger."""
+    """Push labels through the graph, once: what the rules found is in the tracer and its ledger."""
+    if "trace" not in graph.known:
+        graph.known["trace"] = _trace(graph)
+    return graph.known["trace"]
+
+
+def _trace(graph: Graph) -> Tracer:
     ledger = Ledger(graph.tensors)
     tracer = Tracer(ledger)
     values: dict[Node, Any] = {}

@@ -20,6 +20,8 @@ MOVES = _names(
 )
 CUTS = _names("slice select split split_with_sizes unbind chunk narrow unsafe_split")
 """Data movement at literal positions: channels lying along the cut axis would move to other positions."""
+COUNTERS = _names("arange range linspace logspace eye tril_indices triu_indices")
+"""Numbers that count on with the sizes of the input."""
 ELEMENTWISE = _names("hardswish hardsigmoid hardtanh relu6 relu gelu silu logsigmoid")
 """Pointwise, though PyTorch does not tag all of them so."""
 CONVOLUTIONS = re.compile(r"conv(_transpose)?([123])d")

@@ -40,7 +40,10 @@ def apply(tracer: Tracer, call: Call) -> Any:
     if call.name.startswith("_assert"):
         return None
     before = len(tracer.ledger.reads)
-    result = rule_for(call)(tracer, call)
+    try:
+        result = rule_for(call)(tracer, call)
+    except Exception as error:  # an operation used as no rule expects it: default deny
+        result = tracer.deny(call, f"{call} is beyond the rule for it ({type(error).__name__})")
     inside = [v for v in values_in(list(call.arguments.values())) if isinstance(v, Tensor)]
     outside = [v for v in values_in([result]) if isinstance(v, Tensor)]
     known = {id(v) for v in inside}
@@ -282,8 +285,8 @@ def reduction(tracer: Tracer, call: Call) -> Any:
     narrowed = narrow(tracer, labels, dims)
     if narrowed is None:
         summaries = [tracer.ledger.anonymous([int(n) for n in out.shape], f"made by {call}") for out in call.outputs]
+        norm = mean_square(tracer, call, labels)
         for summary in summaries:
-            norm = mean_square(tracer, call, labels)
             tracer.ledger.summarise(labels, summary, f"{call} puts it together with others", unless=norm)
         return summaries if isinstance(call.node.meta.get("val"), list | tuple) else summaries[0]
     return first_output(tracer, call, narrowed.reshape(call.shape))

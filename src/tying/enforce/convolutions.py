@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from tying.enforce.held import not_alone, places_of
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import FlatConv, LocallyConnected1d, LocallyConnected2d
@@ -71,7 +72,7 @@ def rebuild_convolutions(model: nn.Module, description: Mapping[str, Mapping[str
 
     Args:
         model: Of the architecture before compacting; written to.
-        description: Of `tying.enforce.surgery.describe`.
+        description: Of `tying.enforce.description.describe`.
 
     Raises:
         PlanError: If a recorded geometry is malformed.
@@ -146,10 +147,7 @@ def _found(shape: tuple[int, int], weight: Partition, bias: Partition | None, pl
 def _built(model: nn.Module, name: str, geometry: Geometry) -> nn.Module:
     layer = cast(Any, model.get_submodule(name))
     weight = qualified(name, "weight")
-    holding = {id(m) for m in model.modules() for p in m.parameters(recurse=False) if p is layer.weight}
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or len(holding) > 1:
-        reason = "it has hooks, which would be lost" if len(holding) == 1 else "its weight is shared with another"
+    if reason := not_alone(model, name, whole=True):
         raise CompactError(f"{weight}: expected a layer of its own, to make a convolution of, got {layer}: {reason}")
     if geometry is None:
         conv = cast("PlainConv", layer.empty_conv())
@@ -181,9 +179,7 @@ def _as(conv: PlainConv, layer: Any) -> PlainConv:
 
 
 def _placed(model: nn.Module, built: Mapping[str, nn.Module]) -> nn.Module:
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
+    places = places_of(model)
     wanted = [(place, new) for name, new in built.items() for place in places[id(model.get_submodule(name))]]
     for place, new in wanted:
         if place:

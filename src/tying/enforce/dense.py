@@ -6,7 +6,8 @@ from typing import cast
 
 from torch import nn
 
-from tying.enforce.surgery import TIED, TiedLayer, has_hooks, holders
+from tying.enforce.held import not_alone, places_of
+from tying.enforce.surgery import TIED, TiedLayer
 from tying.errors import CompactError
 from tying.groups import Groups
 from tying.nn import TiedLinear
@@ -31,11 +32,9 @@ def written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
     """
     plan.check_fits(dict(model.named_parameters()))
     labels = {qualified(name, "weight"): layer.partition.labels for name, layer in tied_layers(model).items()}
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
+    places = places_of(model)
     for name, layer in tied_layers(model).items():
-        _check_alone(model, name, layer)
+        _check_alone(model, name)
         dense = layer.to_linear() if isinstance(layer, TiedLinear) else layer.to_conv()
         dense.weight.requires_grad_(layer.weight.requires_grad)
         dense.bias = cast("nn.Parameter", layer.bias)
@@ -53,14 +52,7 @@ def written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
     return model, TiePlan(ties, plan.provenance)
 
 
-def _check_alone(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _check_alone(model: nn.Module, name: str) -> None:
     weight = qualified(name, "weight")
-    reason = None
-    if not name:
-        reason = "it is the whole model; wrap it in nn.Sequential"
-    elif has_hooks(layer):
-        reason = "it has hooks, which would be lost; remove them"
-    elif len(shared := holders(model, weight)) > 1:
-        reason = f"its weight is shared by {len(shared)} modules"
-    if reason:
+    if reason := not_alone(model, name):
         raise CompactError(f"{weight}: expected a tied layer of its own, to compact it further, got one, but {reason}")

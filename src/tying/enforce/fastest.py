@@ -6,18 +6,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.compare import run
+from tying.enforce.compare import Inputs, run
 from tying.enforce.surgery import TIED, TiedLayer, set_ways_, ways_of
 from tying.evaluation import evaluating
 from tying.nn.tied import WAYS, Way
 from tying.outputs import same_random_numbers
-
-Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 MARGIN = 0.95
 """Another way than summing is taken when it needs less than this share of its time, in the best round and in the
@@ -49,7 +47,8 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
 
     Args:
         model: Written to: the `way` of its tied layers, nothing else. Runs once in evaluation mode, without gradients.
-        example_inputs: A tensor, or the tuple of tensors that the model takes.
+        example_inputs: A tensor, or the tuple of tensors that the model takes; floating-point ones are cast to the
+            model's dtype.
 
     Returns:
         One choice per tied layer that runs, in the order of `named_modules`.
@@ -71,7 +70,7 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
     handles = [layer.register_forward_pre_hook(_timer(taken, name), with_kwargs=True) for name, layer in layers]
     try:
         with evaluating(model), same_random_numbers(model):
-            run(model, inputs)
+            run(model, _cast(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -79,6 +78,15 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
     choices = tuple(Choice(name, taken[name], _best(taken[name])) for name, _ in layers if name in taken)
     set_ways_(model, {**ways, **{choice.layer: choice.way for choice in choices}})
     return choices
+
+
+def _cast(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs, floating-point ones in the dtype of the model, if it has one."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) != 1:
+        return inputs
+    dtype = dtypes.pop()
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def _timer(taken: dict[str, dict[Way, tuple[float, float]]], name: str) -> Callable[..., None]:

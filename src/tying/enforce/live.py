@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.channels.find import Channel, Slice
-from tying.enforce.surgery import names_of, owned
+from tying.enforce.held import names_of, owned
 from tying.errors import CompactError
 from tying.plan import TiePlan, qualified
 
@@ -29,7 +31,8 @@ class Network:
         self.values = {name: tensors[name].detach().double().clone() for name in dict.fromkeys(self.first.values())}
         self.live = {name: [torch.ones(n, dtype=torch.bool) for n in t.shape] for name, t in self.values.items()}
         self.written: set[str] = set()
-        self._zero: dict[tuple[str, int], Tensor] = {}
+        self._present: dict[str, Tensor] = {}
+        self._zero: dict[str, dict[int, NDArray[np.bool_]]] = {}
         self._holders: dict[str, list[nn.Module]] = {}
 
     def cut(self, name: str) -> Tensor:
@@ -40,26 +43,43 @@ class Network:
                 value = value.index_select(axis, torch.nonzero(live).flatten().to(value.device))
         return value
 
-    def zero(self, name: str, axis: int) -> Tensor:
+    def zero(self, name: str, axis: int) -> NDArray[np.bool_]:
         """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
-        if (name, axis) not in self._zero:
-            value = self.values[name]
-            for other, live in enumerate(self.live[name]):
+        known = self._zero.setdefault(name, {})
+        if axis not in known:
+            present = self._presence(name) if axis < 2 else (self.values[name] != 0).cpu()
+            for other, live in enumerate(self.live[name][: present.ndim]):
                 if other != axis and not bool(live.all()):
-                    value = value.index_select(other, torch.nonzero(live).flatten().to(value.device))
-            flat = value.movedim(axis, 0).reshape(value.shape[axis], -1)
-            self._zero[name, axis] = (flat == 0).all(1).cpu()
-        return self._zero[name, axis]
+                    present = present.index_select(other, torch.nonzero(live).flatten())
+            known[axis] = ~present.movedim(axis, 0).reshape(present.shape[axis], -1).any(1).numpy()
+        return known[axis]
+
+    def _presence(self, name: str) -> Tensor:
+        """What is not zero, bool, on the CPU: all axes from the third on, as of kernels, count as one number."""
+        if name not in self._present:
+            present = (self.values[name] != 0).cpu()
+            for axis, live in enumerate(self.live[name][2:], 2):
+                if not bool(live.all()):
+                    present = present.index_select(axis, torch.nonzero(live).flatten())
+            self._present[name] = present.flatten(2).any(2) if present.ndim > 2 else present
+        return self._present[name]
 
     def unread(self, channel: Channel) -> bool:
         """Whether every reader has zero weights for the channel."""
-        return all(bool(self.zero(s.parameter, s.axis)[list(s.indices)].all()) for s in channel.readers)
+        for part in channel.readers:
+            zero = self.zero(part.parameter, part.axis)
+            if not all(zero[index] for index in part.indices):
+                return False
+        return True
 
     def remove(self, slices: Iterable[Slice]) -> None:
         """Let slices of tensors go."""
+        gone: dict[tuple[str, int], list[int]] = {}
         for part in slices:
-            self.live[part.parameter][part.axis][list(part.indices)] = False
-            self._forget(part.parameter)
+            gone.setdefault((part.parameter, part.axis), []).extend(part.indices)
+        for (name, axis), indices in gone.items():
+            self.live[name][axis][indices] = False
+            self._forget(name, axis)
 
     def add_to_bias(self, module: nn.Module, amount: Tensor) -> None:
         """Add to the module's bias; one that is None starts at zero and lives as the outputs of the weight do."""
@@ -76,10 +96,10 @@ class Network:
         """Set one index of a reader's slice to zero."""
         self.values[part.parameter].select(part.axis, index).zero_()
         self.written.add(part.parameter)
-        known = self.zero(part.parameter, part.axis)
-        known[index] = True
-        self._forget(part.parameter)
-        self._zero[part.parameter, part.axis] = known
+        self.zero(part.parameter, part.axis)[index] = True
+        if part.parameter in self._present and part.axis < 2:
+            self._present[part.parameter].select(part.axis, index).zero_()
+        self._forget(part.parameter, part.axis)
 
     def holders(self, name: str) -> list[nn.Module]:
         """The modules that hold the tensor of this first name as their weight; empty where something else does."""
@@ -93,9 +113,12 @@ class Network:
         """All the names of a tensor of the reference."""
         return self._names[id(tensor)]
 
-    def _forget(self, name: str) -> None:
-        for key in [key for key in self._zero if key[0] == name]:
-            del self._zero[key]
+    def _forget(self, name: str, axis: int) -> None:
+        """Look anew at the tensor's zeros along other axes than the one on which it changed."""
+        known = self._zero.get(name, {})
+        self._zero[name] = {axis: known[axis]} if axis in known else {}
+        if axis >= 2:
+            self._present.pop(name, None)
 
     def check_something_is_left(self) -> None:
         """Raise CompactError if an axis has lost all of its indices."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tying.channels.constants import Constants
 from tying.channels.find import Channel, Channels, Slice
 from tying.enforce.adapt import Change
+from tying.enforce.held import names_of
 from tying.enforce.live import READERS, Network, everything_pruned
 from tying.enforce.norms import zero_or_why
 from tying.enforce.sizes import changed_sizes, last_ones, scale_norms
@@ -95,7 +96,8 @@ def reduce(
     network.check_something_is_left()
     attributes = scale_norms(network, channels)
     gone = {id(channel) for channel in removed}
-    labels, unselected = _labels(network, plan, {s.parameter for c in channels for s in c.makers if s.axis == 1})
+    turned = {s.parameter for c in channels for s in c.makers if s.axis == 1}
+    labels, unselected = _labels(network, plan, channels.elsewhere | turned)
     stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
     return Compaction(
         removed=tuple(removed),
@@ -120,7 +122,7 @@ def _decided(model: nn.Module, channels: Channels, constants: Constants, refused
         replace(each, channels=tuple(None if c is None else decided[id(c)] for c in each.channels))
         for each in channels.counted
     ]
-    return Channels(tuple(decided.values()), tuple(counted), channels.norms)
+    return replace(channels, channels=tuple(decided.values()), counted=tuple(counted))
 
 
 def _fold(network: Network, channels: Channels, constants: Constants) -> tuple[list[Channel], dict[int, str]]:
@@ -206,18 +208,18 @@ def _remove_unread(network: Network, channels: Channels) -> list[Channel]:
     waiting = [channel for channel in channels if channel.readers and not channel.blocked]
     removed: list[Channel] = []
     while gone := [channel for channel in waiting if network.unread(channel)]:
-        for channel in gone:
-            network.remove(channel.slices)
+        network.remove(part for channel in gone for part in channel.slices)
         removed += gone
         ids = {id(channel) for channel in gone}
         waiting = [channel for channel in waiting if id(channel) not in ids]
     return removed
 
 
-def _labels(network: Network, plan: TiePlan, transposed: set[str]) -> tuple[dict[str, list[int]], list[Kept]]:
+def _labels(network: Network, plan: TiePlan, elsewhere: frozenset[str]) -> tuple[dict[str, list[int]], list[Kept]]:
     """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin.
 
-    `transposed` are the weights that another use turns around: what their module reads, they make elsewhere.
+    `elsewhere` are the weights that something else than the forward of their layer uses, too: a product written out in
+    another forward, or one with the weight turned around.
     """
     ties: dict[str, Tie] = {}
     for tie in plan:
@@ -225,6 +227,7 @@ def _labels(network: Network, plan: TiePlan, transposed: set[str]) -> tuple[dict
         if groups.kind == "inputs" or parameter not in ties:
             ties[parameter] = tie
     labels: dict[str, list[int]] = {}
+    names = names_of(network.model)
     unselected: list[Kept] = []
     for parameter, tie in ties.items():
         path, _, leaf = parameter.rpartition(".")
@@ -238,11 +241,11 @@ def _labels(network: Network, plan: TiePlan, transposed: set[str]) -> tuple[dict
         if not shared and len(kept) == len(given):
             continue
         try:
-            check_has_tied_twin(network.model, path)
-            if parameter in transposed:
+            check_has_tied_twin(network.model, path, names)
+            if parameter in elsewhere:
                 raise CompactError(
                     f"{parameter}: expected a weight that only its layer uses, to tie its inputs, got one that is used "
-                    "transposed as well; leave it out of the plan, or tie it with tie_"
+                    "outside of its own forward as well; leave it out of the plan, or tie it with tie_"
                 )
         except CompactError as error:
             if shared:
@@ -258,7 +261,7 @@ def _labels_left(network: Network, parameter: str, tie: Tie) -> list[int]:
     stays = torch.nonzero(network.live[parameter][1]).flatten()
     tied = tie.members[0].groups.kind == "inputs"
     labels = torch.tensor(tie.partition.labels.tolist())[stays] if tied else stays.clone()
-    labels[network.zero(parameter, 1)[stays]] = -1
+    labels[torch.from_numpy(network.zero(parameter, 1))[stays]] = -1
     return labels.tolist()
 
 
@@ -266,16 +269,23 @@ def _stranded(
     network: Network, plan: TiePlan, channels: Channels, reasons: Mapping[int, str], gone: set[int]
 ) -> Iterator[tuple[Channel, str]]:
     """The channels that are pruned by the plan or read by nobody, and stay; with the reason."""
-    pruned: set[int] = set()
+    pruned: dict[str, set[int]] = {}
     for tie in plan:
         parameter, groups = tie.members[0].parameter, tie.members[0].groups
         if groups.kind == "outputs":
             zero = [i for i, label in enumerate(tie.partition.labels.tolist()) if label < 0]
-            pruned |= {id(channels.of(parameter, 0, index)) for index in zero}
+            pruned.setdefault(parameter, set()).update(zero)
     for channel in channels:
         if id(channel) in gone or not channel.makers:
             continue
-        if id(channel) in pruned:
+        if any(_is_among(part, pruned) for part in channel.slices):
             yield channel, channel.blocked or reasons.get(id(channel), "no layer reads it")
         elif channel.blocked and channel.readers and network.unread(channel):
             yield channel, channel.blocked
+
+
+def _is_among(part: Slice, indices: Mapping[str, set[int]]) -> bool:
+    """Whether a slice has one of these indices of axis 0, by name."""
+    return part.axis == 0 and any(
+        not indices[name].isdisjoint(part.indices) for name in (part.parameter, *part.aliases) if name in indices
+    )

@@ -1,0 +1,95 @@
+"""Random inputs on which two networks should compute the same, of other batch and other sizes than the example's."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tying.outputs import random_like
+
+ENOUGH, TRIES = 2, 8
+"""So many other sizes are compared, of so many that are tried: what the model does not take says nothing."""
+
+Runs: TypeAlias = Callable[[tuple[Tensor, ...]], list[Tensor]]
+Case: TypeAlias = tuple[tuple[Tensor, ...], list[Tensor]]
+"""Inputs, and the outputs that are expected."""
+
+
+def probes(runs: Runs, inputs: tuple[Tensor, ...]) -> Iterator[Case]:
+    """Yield random inputs that the model takes, with its outputs: of another batch size first, then of other sizes.
+
+    Sequences become twice as long and one longer (else one longer or one shorter), images a pixel larger (else a pixel
+    smaller or half as large), all lengths that are equal at once (else one by one). A padding that depends on whether a
+    size is odd, a literal limit, a table of positions show there. On a GPU nothing grows: an index beyond a table
+    would end the process.
+
+    Args:
+        runs: The model's outputs; raises where it does not take the inputs.
+        inputs: As the model takes them; the first dimension of the first, and of those as long, is the batch.
+
+    Raises:
+        Exception: Whatever `runs` raises where it takes no random inputs like the given ones.
+    """
+    batch = len(inputs[0]) + 1 if inputs[0].dim() else None
+    other = tuple(random_like(inputs, batch))
+    expected = _tried(runs, other)
+    if expected is None:  # the model takes one batch size only
+        batch, other = None, tuple(random_like(inputs))
+        expected = runs(other)
+    yield other, expected
+    found: list[Case] = []
+    for sized in itertools.islice(_sized(inputs, found), TRIES):
+        other = tuple(random_like(sized, batch and 2))
+        expected = _tried(runs, other)
+        if expected is not None:
+            found.append((other, expected))
+            yield found[-1]
+            if len(found) == ENOUGH:
+                return
+
+
+def _tried(runs: Runs, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return runs(inputs)
+    except Exception:  # the model's own: it does not take such inputs
+        return None
+
+
+_Places: TypeAlias = tuple[tuple[int, int], ...]
+"""Inputs and their dimensions, which are equally long."""
+
+
+def _sized(inputs: Sequence[Tensor], found: Sequence[Case]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield inputs of other sizes, the likely ones first; no further kind of change once some are `found` to fit."""
+    together: dict[int, list[tuple[int, int]]] = {}
+    for i, x in enumerate(inputs):
+        for d in range(1 if inputs[0].dim() and x.dim() and len(x) == len(inputs[0]) else 0, x.dim()):
+            if x.shape[d] > 1 or (i == 0 and x.dim() <= 3):  # what is 1 elsewhere may be there to be broadcast
+                together.setdefault(x.shape[d], []).append((i, d))
+    joint: list[_Places] = [tuple(places) for places in together.values()]
+    alone: list[_Places] = [(place,) for places in joint if len(places) > 1 for place in places]
+    shrink_only = any(x.is_cuda for x in inputs)
+    for chosen in (joint, alone):
+        for turn in range(3):
+            for places in chosen:
+                old = inputs[places[0][0]].shape[places[0][1]]
+                image = min(inputs[i].dim() for i, _ in places) > 3
+                new = ((old + 1, old - 1, old // 2) if image else (2 * old + 1, old + 1, old - 1))[turn]
+                if new > 1 and not (shrink_only and new > old):
+                    yield tuple(_resized(x, [d for i, d in places if i == at], new) for at, x in enumerate(inputs))
+            if found:
+                return
+
+
+def _resized(x: Tensor, dims: Sequence[int], length: int) -> Tensor:
+    """The numbers of the tensor again and again, until the dimensions are so long."""
+    for dim in dims:
+        x = x.index_select(dim, torch.arange(length, device=x.device) % x.shape[dim])
+    return x
