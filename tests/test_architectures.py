@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.channels import oracle
+from benchmarks import data
+from benchmarks.channels import oracle, weights
 from benchmarks.channels.draws import try_one
 from benchmarks.channels.plant import Part, Plant, planted
-from benchmarks.data import DataUnavailableError
+from benchmarks.channels.weights import SOURCES
+from benchmarks.data import DataUnavailableError, is_here
 from torch import Tensor, nn
 
 from architectures import ARCHITECTURES, Architecture
@@ -21,7 +24,13 @@ from tying.plan import TiePlan
 Made = tuple[Architecture, nn.Module, tuple[Tensor, ...]]
 
 
+FETCHED = {"efficientnet_lite0": ("code", "lite0"), "minilm": ("minilm",)}
+"""What is fetched for a network; tests don't."""
+
+
 def made(name: str) -> Made:
+    if not all(is_here(SOURCES[part]) for part in FETCHED.get(name, ())):
+        pytest.skip(f"the weights of {name} have not been fetched")
     try:
         return ARCHITECTURES[name], *ARCHITECTURES[name].make()
     except DataUnavailableError as error:
@@ -51,6 +60,15 @@ def test_planted_and_compacted(full_size: Made) -> None:
     assert verdict.outcome == "equal", verdict
     assert verdict.removed == verdict.exact, verdict
     assert verdict.after == verdict.implied, verdict
+
+
+def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With an empty cache, a network that needs files is skipped, and nobody looks for them elsewhere."""
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(weights, "ensure", lambda source: pytest.fail(source.name))
+    for name in FETCHED:
+        with pytest.raises(pytest.skip.Exception, match="have not been fetched"):
+            made(name)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet20"])
