@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record(place, " ".join(made), {**results, "complete": complete})
     print(f"kept in {place}")
     wrong = summary.problems(results)
-    print("\n".join(wrong), file=sys.stderr)
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
     return 130 if stopped else int(bool(wrong))
 
 
