@@ -31,7 +31,6 @@ drawn = cache(try_graph)
 def test_drawn(seed: int) -> None:
     graph = drawn(seed)
     assert graph.outcome not in WRONG, graph
-    assert graph.beyond == 0, "more went than can"
 
 
 def law_most_goes(found: Sequence[Graph]) -> None:

@@ -48,7 +48,7 @@ class Graph:
     removed: int = 0
     """Of the unread ones, at least so many went; of both kinds, exactly so many."""
     beyond: int = 0
-    """How many more went than were found by trial."""
+    """How many more went than were found by trial, which disturbs one output at a time."""
     reasons: list[str] = field(default_factory=list)
     """Why the unread ones that stay do, as the package says, or "not a channel"."""
     seconds: float = 0
