@@ -6,7 +6,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -102,6 +102,8 @@ class Graph:
     """First name → all other names of the same tensor."""
     unread: frozenset[str]
     """Tensors that feed a computation whose result is dropped, and which the graph does not show."""
+    known: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
+    """What was found out about it, kept for who asks next."""
 
     def calls(self, values: dict[fx.Node, Any]) -> Iterator[Call]:
         """Go through the operations in order; the caller puts each one's value into `values`."""
