@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import tempfile
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -47,6 +50,6 @@ if __name__ == "__main__":
     print(f"\nshared over positions, the two convolutions store {shared:,} numbers;")
     print(f"a kernel at every position would be {local / shared:.0f}×, a dense layer {dense / shared:.0f}× as many")
     try:
-        print("picture:", explanation.draw("fields.png"))
+        print("picture:", explanation.draw(Path(tempfile.gettempdir(), "fields.png")))
     except tying.TyingError as error:  # without the extra `report` there is no matplotlib
         print("no picture:", error)

@@ -279,7 +279,10 @@ def imported(source: str) -> set[str]:
 
 
 def test_the_command_line_knows_public_names_only() -> None:
-    assert imported(Path(tying.cli.__file__).read_text(encoding="utf-8")) <= set(tying.__all__)
+    rooms = {"tying.compress": tying.compress, "tying.explain": tying.explain}
+    assert all(callable(verb) for verb in rooms.values())  # the names of the rooms are those of their verbs
+    inside_rooms = {f"{room}.{name}" for room in rooms for name in sys.modules[room].__all__}
+    assert imported(Path(tying.cli.__file__).read_text(encoding="utf-8")) <= set(tying.__all__) | inside_rooms
     for inside in ("from tying.report import ReportData", "import tying.store", "def f():\n from tying import plan"):
         assert not imported(inside) <= set(tying.__all__)
 
