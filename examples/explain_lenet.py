@@ -6,9 +6,8 @@ The same as `tying explain examples/explain_lenet.py --out fields.png`: of this 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
