@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import several_tables
+from benchmarks import convolution_tables, several_tables
 from benchmarks.selection_tables import selection
 from benchmarks.two_domains_tables import two_domains
 
@@ -45,10 +45,13 @@ def front() -> Iterator[str]:
         yield f"- {case['network']}: a training step with GrOWL after it takes {_ratio(case['ratio'])} × one without."
     yield from several_tables.ties_in_short(_read("ties"))
     yield from several_tables.bundle_in_short(_read("bundle"))
+    yield from convolution_tables.speed_in_short(_read("conv_speed"), _read("resnet50_speed"))
+    yield ""
+    yield from convolution_tables.lenet(_read("lenet"))
 
 
 def details() -> Iterator[str]:
-    """What the prox costs and what it selects; what several models give."""
+    """What the prox costs and what it selects; what several models give; convolutions and real networks."""
     yield from prox(_read("prox"))
     yield ""
     yield from selection(_read("selection"))
@@ -61,6 +64,12 @@ def details() -> Iterator[str]:
     yield from several_tables.hybrid(_read("hybrid"))
     yield ""
     yield from several_tables.ties(_read("ties"))
+    yield ""
+    yield from convolution_tables.speed(_read("conv_speed"), _read("resnet50_speed"))
+    for name in ("sharing", "stage_two_memory", "resnet20", "channels"):
+        if (RESULTS / f"{name}.json").is_file():
+            yield ""
+            yield from getattr(convolution_tables, name)(_read(name))
 
 
 def mnist(results: dict[str, Any]) -> Iterator[str]:
