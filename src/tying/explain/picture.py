@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tying.explain.result import Explanation
     from tying.report.pictures.style import Theme
 
 MOST_PANELS, MOST_LINES = 6, 12
@@ -31,24 +30,18 @@ ABOVE = "From above: what the unit in the middle of a layer sees of the input"
 BELOW = "From below: what of a layer the middle of the input (+) reaches"
 
 
-def draw(explanation: Explanation, path: str | Path) -> Path:
-    """Write the picture of an explanation.
+def draw(fields: Fields, image: NDArray[np.float64] | None, path: str | Path) -> Path:
+    """Write the picture of who sees whom, over the example where it is an image.
 
     Raises:
-        TyingError: If there is nothing to draw, matplotlib is not installed, or the path can't be written.
+        TyingError: If matplotlib is not installed, or the path can't be written.
     """
-    fields = explanation.fields
-    if fields is None or not fields.layers:
-        raise TyingError(
-            f"{explanation.model}: expected a model whose units see each other, got "
-            f"{explanation.untraced or 'no layer that connects places'}; there is nothing to draw"
-        )
     target, kind = check_place(path)
     from tying.report.pictures.style import drawn
 
     if len(fields.input_shape) > 1:
         chosen = _chosen(fields.layers, MOST_PANELS)
-        content = drawn((max(2.0 * len(chosen), 6.0), 5.6), kind, _panels(fields, chosen, explanation.image))
+        content = drawn((max(2.0 * len(chosen), 6.0), 5.6), kind, _panels(fields, chosen, image))
     else:
         chosen = _chosen(fields.layers, MOST_LINES)
         content = drawn((10, 1.6 + 0.32 * len(chosen)), kind, _lines(fields, chosen))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tying import words
+from tying.errors import TyingError
 from tying.explain.costs import NOTHING, Cost
 from tying.explain.equivariance import Equivariance, Shift
 from tying.explain.fields import Box, Field, Fields
@@ -80,7 +81,12 @@ class Explanation:
         """
         from tying.explain.picture import draw  # matplotlib is slow to import, and an extra
 
-        return draw(self, path)
+        if self.fields is None or not self.fields.layers:
+            raise TyingError(
+                f"{self.model}: expected a model whose units see each other, got "
+                f"{self.untraced or 'no layer that connects places'}; there is nothing to draw"
+            )
+        return draw(self.fields, self.image, path)
 
     def __str__(self) -> str:
         parts = [_stored(self), _computed(self), _seen(self.fields), _moved(self.equivariance)]
