@@ -516,6 +516,29 @@ def test_the_comparison_names_the_module(monkeypatch):
         compact(model, plan, floats(2, 8))
 
 
+EMPTIED = {
+    "no reader": ("2.weight", None),
+    "no unit": ("0.weight", "0.bias"),
+    "planned inputs": ("0.weight", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTIED)
+def test_of_a_layer_that_only_zeros_empty_one_unit_is_left(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        for zero in EMPTIED[name]:
+            if zero:
+                model.get_parameter(zero).zero_()
+    plan = TiePlan([Tie.of("0.weight", Groups.inputs(), [0, 0, 1, 1])] if name == "planned inputs" else [])
+    inputs = (floats(2, 4)[0].double(),)
+    assert "could go, and one must be left" in str(plan_compaction(model, plan, inputs)) or name == "planned inputs"
+    small = compact(model, plan, inputs)
+    assert small[0].weight.shape[0] == 1
+    law_same_function(small, model, plan, inputs)
+
+
 class Odd(nn.Module):
     """Draws random numbers, takes one batch size only, and gives NaN and infinite outputs."""
 

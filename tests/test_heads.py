@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as f
 
 from networks import Net, randomised
-from tying.channels import constants, labels, rules
+from tying.channels import constants, graph, labels, rules
 from tying.channels.attention import scaled_dot_product_attention
 from tying.channels.constants import Fact
 from tying.channels.find import Norm, find_channels
@@ -541,7 +541,46 @@ def test_what_is_constant_before_an_rms_norm_varies_after_it() -> None:
     assert_same(model, small, x)
 
 
+class Multihead(nn.Module):
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.embed, self.others = nn.Linear(4, 6), nn.Linear(4, 5)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, **sizes)
+        self.out, self.sizes = nn.Linear(6, 3), sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        z = self.others(x) if self.sizes else y
+        return self.out(self.attention(y, z, z, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 5, "vdim": 5}], ids=["one weight", "three weights"])
+def test_multihead_attention_keeps_its_stream(sizes: dict[str, int]) -> None:
+    model, x = double(lambda: Multihead(**sizes)), tokens(4)
+    attention = model.attention
+    silence(attention.q_proj_weight if sizes else attention.in_proj_weight, 1)
+    for weight in (attention.k_proj_weight, attention.v_proj_weight) if sizes else ():
+        silence(weight, 2)
+    silence(model.out.weight, 3)
+    (kept,) = plan_compaction(model, NOTHING, x).kept
+    assert str(kept) == ("embed.weight[axis 0: 1] stays: nn.MultiheadAttention checks its embed_dim in 'attention'")
+    small = compact(model, NOTHING, x)
+    assert (small.embed.out_features, small.out.in_features) == (6, 5)
+    assert small.others.out_features == (4 if sizes else 5)
+    assert_same(model, small, x)
+    with torch.no_grad():  # as attention is then computed at once
+        assert_same(model, small, x)
+
+
 # ---------------------------------------------------------------- broken twins
+
+
+def test_a_stream_that_multihead_attention_checks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_checked", lambda _: ())
+    model, x = double(Multihead), tokens(4)
+    silence(model.attention.in_proj_weight, 1)
+    with pytest.raises(CompactError, match=r"^attention: .*once compacted"):
+        compact(model, NOTHING, x)
 
 
 @pytest.fixture

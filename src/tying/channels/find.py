@@ -266,6 +266,8 @@ def _trace(graph: Graph) -> Tracer:
     _block_shared_memory(graph, ledger)
     for name in graph.unread:
         tracer.block(ledger.weight(name, is_buffer=False), "it feeds a computation whose result forward drops")
+    for name, axis, reason in graph.fixed:
+        ledger.block(ledger.weight(name, is_buffer=False).axes[axis], reason)
     for call in graph.calls(values):
         values[call.node] = apply(tracer, call)
     for value in values_in([values.get(node) for node in graph.outputs()]):

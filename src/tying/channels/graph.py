@@ -102,6 +102,8 @@ class Graph:
     """First name → all other names of the same tensor."""
     unread: frozenset[str]
     """Tensors that feed a computation whose result is dropped, and which the graph does not show."""
+    fixed: tuple[tuple[str, int, str], ...] = ()
+    """Axes of tensors, by first name, whose length a forward checks without a trace in the graph, and how."""
     known: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """What was found out about it, kept for who asks next."""
 
@@ -162,7 +164,17 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
         sources[placeholder] = Source(kind, name, tensor if isinstance(tensor, Tensor) else None)
     dropped = () if program is whole else _feeding_nothing(whole.graph)
     unread = frozenset(sources[name].name for name in dropped) & frozenset(tensors)
-    return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread)
+    fixed = tuple((first[name], axis, reason) for name, axis, reason in _checked(model) if name in first)
+    return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread, fixed)
+
+
+def _checked(model: nn.Module) -> Iterator[tuple[str, int, str]]:
+    """The axes of parameters whose length the forward of one of PyTorch's modules checks, and how."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for leaf in ("in_proj_weight", "q_proj_weight"):
+                reason = f"nn.MultiheadAttention checks its embed_dim in {path!r}"
+                yield (f"{path}.{leaf}" if path else leaf), 1, reason
 
 
 def _is_functional(graph: fx.Graph) -> bool:

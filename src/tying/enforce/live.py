@@ -120,12 +120,14 @@ class Network:
         if axis >= 2:
             self._present.pop(name, None)
 
-    def check_something_is_left(self) -> None:
-        """Raise CompactError if an axis has lost all of its indices."""
-        for name, axes in self.live.items():
-            for axis, live in enumerate(axes):
-                if len(live) and not bool(live.any()):
-                    raise everything_pruned(name, "units" if axis == 0 else "inputs")
+    def emptied(self) -> list[tuple[str, int]]:
+        """The axes, by name and number, that have lost all of their indices."""
+        return [
+            (name, axis)
+            for name, axes in self.live.items()
+            for axis, live in enumerate(axes)
+            if len(live) and not bool(live.any())
+        ]
 
     def changed(self, plan: TiePlan) -> dict[str, Tensor]:
         """The tensors that are cut, written to or planned, without what has gone."""

@@ -6,7 +6,7 @@ which labels the inputs that stay have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -84,7 +84,7 @@ def reduce(
         refused: Why channels, by number, must stay.
 
     Raises:
-        CompactError: If a layer is left without units or inputs, or its inputs are tied and it has no tied twin.
+        CompactError: If the plan leaves a layer without units or inputs, or ties inputs of one with no tied twin.
     """
     network = Network(reference)
     whole, refused = channels, refused or {}
@@ -93,12 +93,15 @@ def reduce(
     removed = _remove_unread(network, channels)
     if last := last_ones(channels, {id(channel) for channel in removed}):
         return reduce(reference, plan, whole, constants, {**refused, **last})
-    network.check_something_is_left()
+    if last := _last_of_layers(network, plan, channels, removed):
+        return reduce(reference, plan, whole, constants, {**refused, **last})
     attributes = scale_norms(network, channels)
     gone = {id(channel) for channel in removed}
     turned = {s.parameter for c in channels for s in c.makers if s.axis == 1}
     labels, unselected = _labels(network, plan, channels.elsewhere | turned)
-    stranded = [Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone)]
+    stranded = [
+        Kept(str(c.makers[0]), reason) for c, reason in _stranded(network, plan, channels, reasons, gone, refused)
+    ]
     return Compaction(
         removed=tuple(removed),
         folded=sum(id(channel) in gone for channel in folded),
@@ -215,6 +218,27 @@ def _remove_unread(network: Network, channels: Channels) -> list[Channel]:
     return removed
 
 
+def _last_of_layers(network: Network, plan: TiePlan, channels: Channels, removed: Sequence[Channel]) -> dict[int, str]:
+    """Return why a channel must stay of every layer that would be left with none; by the number of the channel.
+
+    Raises:
+        CompactError: If it is the plan that leaves a layer nothing.
+    """
+    emptied = network.emptied()
+    for tie in plan if emptied else ():
+        name, axis = tie.members[0].parameter, int(tie.members[0].groups.kind == "inputs")
+        if tie.partition.pruned == len(tie.partition) and (name, axis) in emptied and len(network.live[name]) > 1:
+            raise everything_pruned(name, "inputs" if axis else "units")
+    numbers = {id(channel): number for number, channel in enumerate(channels)}
+    found: dict[int, str] = {}
+    for name, axis in emptied:
+        whole = sorted(numbers[id(c)] for c in removed if any((s.parameter, s.axis) == (name, axis) for s in c.slices))
+        if found.keys().isdisjoint(whole):
+            what = "units" if axis == 0 else "inputs"
+            found[whole[0]] = f"all {what} of {name} could go, and one must be left"
+    return found
+
+
 def _labels(network: Network, plan: TiePlan, elsewhere: frozenset[str]) -> tuple[dict[str, list[int]], list[Kept]]:
     """The labels of the modules that become tied layers, and the zero inputs that stay for want of a tied twin.
 
@@ -235,6 +259,9 @@ def _labels(network: Network, plan: TiePlan, elsewhere: frozenset[str]) -> tuple
             continue
         given = _labels_left(network, parameter, tie)
         kept = [label for label in given if label >= 0]
+        if not kept and tie.partition.pruned < len(tie.partition):
+            given = [0, *given[1:]]  # one must be left: it is read as zero
+            kept = given[:1]
         if not kept:
             raise everything_pruned(parameter, "inputs")
         shared = len(set(kept)) < len(kept)
@@ -266,21 +293,26 @@ def _labels_left(network: Network, parameter: str, tie: Tie) -> list[int]:
 
 
 def _stranded(
-    network: Network, plan: TiePlan, channels: Channels, reasons: Mapping[int, str], gone: set[int]
+    network: Network,
+    plan: TiePlan,
+    channels: Channels,
+    reasons: Mapping[int, str],
+    gone: set[int],
+    refused: Mapping[int, str],
 ) -> Iterator[tuple[Channel, str]]:
-    """The channels that are pruned by the plan or read by nobody, and stay; with the reason."""
+    """The channels that are pruned by the plan, read by nobody, or refused, and stay; with the reason."""
     pruned: dict[str, set[int]] = {}
     for tie in plan:
         parameter, groups = tie.members[0].parameter, tie.members[0].groups
         if groups.kind == "outputs":
             zero = [i for i, label in enumerate(tie.partition.labels.tolist()) if label < 0]
             pruned.setdefault(parameter, set()).update(zero)
-    for channel in channels:
+    for number, channel in enumerate(channels):
         if id(channel) in gone or not channel.makers:
             continue
         if any(_is_among(part, pruned) for part in channel.slices):
             yield channel, channel.blocked or reasons.get(id(channel), "no layer reads it")
-        elif channel.blocked and channel.readers and network.unread(channel):
+        elif channel.blocked and channel.readers and (number in refused or network.unread(channel)):
             yield channel, channel.blocked
 
 
