@@ -11,7 +11,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Generator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,7 +39,10 @@ def is_here() -> bool:
 
 def package() -> str:
     """Return its name and version."""
-    return f"torch-pruning {version('torch-pruning')}" if is_here() else "torch-pruning is not installed"
+    try:
+        return f"torch-pruning {version('torch-pruning')}"
+    except PackageNotFoundError:
+        return "torch-pruning is not installed"
 
 
 def try_peer(architecture: Architecture, model: nn.Module, streams: list[Stream], seed: int) -> Counter[str]:

@@ -60,7 +60,8 @@ def answered(
 ) -> Iterator[tuple[Task, Answer]]:
     """Go through the tasks in several processes, or in this one if there are to be none.
 
-    A piece whose process dies is tried again, alone; when it dies again, it has failed. To stop: close the iterator.
+    A piece whose process dies is tried again, alone; when it dies twice there, it has failed. Close the iterator to
+    stop.
     """
     work = work or answer
     if not jobs:
@@ -70,8 +71,11 @@ def answered(
     left = deque(tasks)
     while left:
         for task in (yield from _in_processes(left, jobs, folder, work)):
-            if (yield from _in_processes(deque([task]), 1, folder, work)):
-                yield task, Answer(failed="its process died, twice")
+            for _ in range(2):  # once is not enough: another piece may have ended the pool before this one began
+                if not (yield from _in_processes(deque([task]), 1, folder, work)):
+                    break
+            else:
+                yield task, Answer(failed="its process died, alone too, twice")
 
 
 def _in_processes(
