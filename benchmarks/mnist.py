@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.record import record
+from benchmarks.training import wait
 from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
 from tying.measure import sharing
 
@@ -324,16 +325,6 @@ def _papers_measures(chosen: list[dict[str, Any]], folder: Path) -> dict[str, An
     }
 
 
-def in_parallel(futures: list[Future[list[dict[str, Any]]]], what: str) -> list[dict[str, Any]]:
-    """Wait for all, saying how long it will take; the rows come in the order of the futures."""
-    begun = time.perf_counter()
-    for done, future in enumerate(as_completed(futures), start=1):
-        future.result()
-        left = (time.perf_counter() - begun) / done * (len(futures) - done) / 60
-        print(f"{what}: {done} of {len(futures)} done, about {left:.0f} min left", file=sys.stderr, flush=True)
-    return [row for future in futures for row in future.result()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -350,10 +341,14 @@ def main() -> None:
         for strength in strengths
     ]
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        rows = in_parallel([pool.submit(run, *job, options.runs) for job in jobs], "stage one, then two")
+        rows = list(
+            chain.from_iterable(wait([pool.submit(run, *job, options.runs) for job in jobs], "stage one, then two"))
+        )
         strengths = {size: best_strength(rows, "growl", size)[0] for size in SIZES}
         seeds = range(options.seeds)
-        rows += in_parallel([pool.submit(run_controls, strengths, seed, options.runs) for seed in seeds], "controls")
+        rows += chain.from_iterable(
+            wait([pool.submit(run_controls, strengths, seed, options.runs) for seed in seeds], "controls")
+        )
     lines = summarise(rows, options.runs)
     settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "split": [55_000, 5_000, 10_000]}
     command = f"make bench-mnist (python -m benchmarks.mnist --seeds {options.seeds})"

@@ -18,6 +18,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from tying.files.atomic import write_atomically
+
 Split = tuple[Tensor, Tensor]
 BATCH = 128
 
@@ -77,10 +79,8 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.is_file():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(made))
-        scratch.replace(path)
-    return json.loads(path.read_text())
+        write_atomically(path, json.dumps(made).encode())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def trained_once(path: Path, model: nn.Module, train: Callable[[], Any]) -> None:
