@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import record
 from benchmarks.timing import in_turn, spread, versus
 from tying.enforce import compact
-from tying.enforce.fastest import choose_fastest_
+from tying.enforce.compaction.fastest import choose_fastest_
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 

@@ -24,8 +24,8 @@ from torch.optim import SGD
 
 from benchmarks.record import record
 from benchmarks.timing import in_turn, spread, versus
-from tying.enforce.tie import tie_
-from tying.enforce.unique import unique_parameters
+from tying.enforce.ties.tie import tie_
+from tying.enforce.ties.unique import unique_parameters
 from tying.find.match import match
 from tying.train.soft import SoftTie
 

@@ -123,15 +123,15 @@ GOOD = {
     "find/clusters.py": "def cluster():\n    from sklearn.cluster import KMeans\n",
     "enforce/compact.py": "from tying.plan import TiePlan\n",
     "train/proximal.py": "from tying.penalties.norms import Penalty\n",
-    "store.py": "from tying.enforce.compact import compact\n",
+    "store.py": "from tying.enforce.compaction import compact\n",
     "words.py": "",
     "measure.py": "from tying import words\nfrom tying.store import encode\n",
-    "compress/__init__.py": "from tying.find.discover import discover\nfrom tying.enforce.compact import compact\n",
+    "compress/__init__.py": "from tying.find.discover import discover\nfrom tying.enforce.compaction import compact\n",
     "cli.py": "import typer\ndef run():\n    from tying import compress\n    from tying.errors import TyingError\n",
 }
 
 VIOLATIONS = {
-    "a wing imports a wing": ("find/discover.py", "from tying.enforce.compact import compact"),
+    "a wing imports a wing": ("find/discover.py", "from tying.enforce.compaction.compact import compact"),
     "inside a function": ("train/proximal.py", "def f():\n    from tying.find.discover import discover"),
     "relatively": ("enforce/compact.py", "from ..find import discover"),
     "by a plain import": ("enforce/compact.py", "import tying.train.proximal"),

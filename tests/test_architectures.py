@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, Architecture
 from llama import Llama
 from streams import feels, tensors_of
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.plan import TiePlan
 
 Made = tuple[Architecture, nn.Module, tuple[Tensor, ...]]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tying import store
 from tying.enforce import compact, tie_, unique_parameters
-from tying.enforce.check import check
-from tying.enforce.tie import gradients_of, plan_of
+from tying.enforce.ties.check import check
+from tying.enforce.ties.tie import gradients_of, plan_of
 from tying.equal import equal_ties
 from tying.errors import FileError, PlanError, TieError
 from tying.files.sealed import KEY, seal, unseal

@@ -26,7 +26,7 @@ from tying.channels.find import Slice, channels_of, find_channels
 from tying.channels.graph import Call, export
 from tying.channels.labels import Ledger, unique
 from tying.channels.tracer import Tracer, spread
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.errors import CompactError
 from tying.plan import TiePlan
 

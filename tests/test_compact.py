@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from tying.channels.constants import Constants, Reading, constants_of
 from tying.channels.find import Channel, Channels, Slice, channels_of
 from tying.channels.graph import Graph
-from tying.enforce.compact import compact, plan_compaction
-from tying.enforce.tie import tie_
+from tying.enforce.compaction.compact import compact, plan_compaction
+from tying.enforce.ties.tie import tie_
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import TiedConv2d, TiedLinear
 from tying.plan import Member, Partition, Tie, TiePlan
 
-module_under_test = importlib.import_module("tying.enforce.compact")
+module_under_test = importlib.import_module("tying.enforce.compaction.compact")
 
 
 class Residual(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from explain_laws import matrix, positive
 from tying import explain
-from tying.explain.dependence import find_dependence
 from tying.explain.equivariance import Equivariance, Shift, measure_equivariance
+from tying.explain.marks.dependence import find_dependence
 from tying.nn import LocallyConnected1d, LocallyConnected2d
 
 

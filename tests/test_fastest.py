@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tying.enforce import compact, fastest
-from tying.enforce.description import describe, rebuild
-from tying.enforce.fastest import MARGIN, choose_fastest_
-from tying.enforce.surgery import set_ways_, ways_of
+from tying.enforce import compact
+from tying.enforce.compaction import fastest
+from tying.enforce.compaction.description import describe, rebuild
+from tying.enforce.compaction.fastest import MARGIN, choose_fastest_
+from tying.enforce.compaction.surgery import set_ways_, ways_of
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import TiedConv2d, TiedLinear

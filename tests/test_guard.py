@@ -13,7 +13,7 @@ from benchmarks.ties.operations import OPERATIONS
 from benchmarks.ties.verdict import Operation, judge
 from torch import nn
 
-from tying.enforce.tie import tie_, untie_
+from tying.enforce.ties.tie import tie_, untie_
 from tying.errors import TieError
 
 BY_NAME = {operation.name: operation for operation in (*OPERATIONS, *LIBRARIES)}

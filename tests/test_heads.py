@@ -20,9 +20,9 @@ from tying.channels.find import Norm, find_channels
 from tying.channels.graph import Call
 from tying.channels.labels import Ledger
 from tying.channels.tracer import Tracer
-from tying.enforce import adapt, sizes
-from tying.enforce.compact import compact, plan_compaction
-from tying.enforce.description import describe, rebuild
+from tying.enforce.compaction import adapt, sizes
+from tying.enforce.compaction.compact import compact, plan_compaction
+from tying.enforce.compaction.description import describe, rebuild
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.nn import TiedConv2d, TiedLinear
@@ -586,7 +586,9 @@ def test_a_stream_that_multihead_attention_checks_is_found_out(monkeypatch: pyte
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compact without comparing: what is wrong must show in the law itself."""
-    monkeypatch.setattr(importlib.import_module("tying.enforce.compact"), "check_equal", lambda *_, **__: None)
+    monkeypatch.setattr(
+        importlib.import_module("tying.enforce.compaction.compact"), "check_equal", lambda *_, **__: None
+    )
 
 
 def features_apart(tracer: Tracer, call: Call) -> Any:

@@ -19,7 +19,7 @@ from networks import NETWORKS, Net, Network, randomised
 from tying.channels.find import find_channels
 from tying.channels.joined import NotJoined, joined_groups, not_joined
 from tying.channels.labels import Ledger
-from tying.enforce.compact import compact, plan_compaction
+from tying.enforce.compaction.compact import compact, plan_compaction
 from tying.errors import PlanError
 from tying.groups import Groups, Joined, Part
 from tying.penalties.norms import GroupLasso

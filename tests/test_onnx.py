@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.enforce import compact
-from tying.enforce.surgery import set_ways_
+from tying.enforce.compaction.surgery import set_ways_
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 

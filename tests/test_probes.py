@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from networks import Net
-from tying.enforce import compare
-from tying.enforce.compact import compact
-from tying.enforce.probes import TRIES, probes
+from tying.enforce.compaction import compare
+from tying.enforce.compaction.compact import compact
+from tying.enforce.compaction.probes import TRIES, probes
 from tying.errors import CompactError
 from tying.plan import TiePlan
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import parametrizations
 
 from test_distances import distance_by_hand
-from tying.enforce.tie import tie_
-from tying.enforce.unique import unique_parameters
+from tying.enforce.ties.tie import tie_
+from tying.enforce.ties.unique import unique_parameters
 from tying.errors import PenaltyError, PlanError
 from tying.find.match import match
 from tying.groups import Groups

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tying.enforce.description import describe, rebuild
-from tying.enforce.surgery import place_tied_, replace_, sizes_of
+from tying.enforce.compaction.description import describe, rebuild
+from tying.enforce.compaction.surgery import place_tied_, replace_, sizes_of
 from tying.errors import CompactError, PlanError
 from tying.nn import TiedConv2d, TiedLinear
 

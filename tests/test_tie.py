@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tying.enforce.tie import plan_of, tie_, untie_
-from tying.enforce.unique import unique_parameters
+from tying.enforce.ties.tie import plan_of, tie_, untie_
+from tying.enforce.ties.unique import unique_parameters
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tied_models import CASES, INPUTS, OUTPUTS, WHOLE, pair, tie
 from tying.enforce import check, compact, tie_, unique_parameters, untie_
-from tying.enforce.tie import plan_of
+from tying.enforce.ties.tie import plan_of
 from tying.errors import TieError
 from tying.measure import measure
 from tying.models import Models, by_name, parameters_of

@@ -12,7 +12,7 @@ from torch.nn import functional as f
 
 from explain_laws import matrix, positive
 from networks import NETWORKS, Net
-from tying.explain.dependence import Dependence, find_dependence
+from tying.explain.marks.dependence import Dependence, find_dependence
 from tying.nn import LocallyConnected2d, TiedConv2d
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.channels import oracle
 from benchmarks.channels.fixtures import Architecture, Stream, tensors_of
 from benchmarks.channels.plant import Plant, draw, planted
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.errors import TyingError
 
 

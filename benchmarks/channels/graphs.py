@@ -17,7 +17,7 @@ from benchmarks.channels.oracle import SAME, unlike
 from benchmarks.channels.plant import TIABLE
 from benchmarks.channels.trials import Outputs, outputs_of
 from tying.channels.find import Channel, Channels, Slice, find_channels
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.errors import TyingError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tying.enforce.tie import tie_
-from tying.enforce.unique import unique_parameters
+from tying.enforce.ties.tie import tie_
+from tying.enforce.ties.unique import unique_parameters
 from tying.groups import Groups
 from tying.models import Models
 from tying.plan import Member, Partition, Tie, TiePlan, qualified

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import in_turn, spread
-from tying.enforce.guard import guards_of
-from tying.enforce.tie import tie_
+from tying.enforce.ties.guard import guards_of
+from tying.enforce.ties.tie import tie_
 from tying.groups import Groups
 from tying.models import Models
 from tying.plan import Member, Partition, Tie, TiePlan

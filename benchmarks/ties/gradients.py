@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.ties.cases import Kind, Reference, Subject, plan_of, untied
 from benchmarks.ties.computing import compiled
-from tying.enforce.expansion import Gradient
-from tying.enforce.tie import tie_
+from tying.enforce.ties.expansion import Gradient
+from tying.enforce.ties.tie import tie_
 from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
 

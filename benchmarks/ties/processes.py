@@ -42,7 +42,7 @@ from benchmarks.ties.cases import (
     untied,
 )
 from benchmarks.ties.verdict import TOLERANCE, Cell, refused
-from tying.enforce.unique import shard_groups
+from tying.enforce.ties.unique import shard_groups
 from tying.plan import qualified
 
 Spread = Callable[[Subject, Path], None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.ties.cases import Subject, both_ends, dense, plan_of, share_by_hand, tied, untied
 from benchmarks.ties.verdict import ChangedError, Expected
-from tying.enforce.tie import tie_
+from tying.enforce.ties.tie import tie_
 
 
 def through_meta(subject: Subject) -> None:

@@ -160,7 +160,7 @@ def _measured(operation: Operation, subject: Subject, progress: dict[str, int]) 
 def _mended() -> Iterator[list[object]]:
     """What the guard mended meanwhile."""
     repairs: list[object] = []
-    heard, log = logging.Handler(logging.INFO), logging.getLogger("tying.enforce.mend")
+    heard, log = logging.Handler(logging.INFO), logging.getLogger("tying.enforce.ties.mend")
     heard.emit = repairs.append
     log.addHandler(heard)
     log.setLevel(logging.INFO)

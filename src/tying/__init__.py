@@ -2,10 +2,10 @@
 
 from tying.channels.joined import joined_groups
 from tying.compress import compress
-from tying.enforce.check import check, retie_
-from tying.enforce.compact import compact
-from tying.enforce.tie import tie_, untie_
-from tying.enforce.unique import unique_parameters
+from tying.enforce.compaction.compact import compact
+from tying.enforce.ties.check import check, retie_
+from tying.enforce.ties.tie import tie_, untie_
+from tying.enforce.ties.unique import unique_parameters
 from tying.errors import TyingError, TyingWarning
 from tying.explain import explain
 from tying.find.declare import declare

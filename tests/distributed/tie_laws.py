@@ -14,7 +14,7 @@ from benchmarks.ties.gradients import CASES, difference
 from benchmarks.ties.processes import Spread, gathered, judge_together
 
 from distributed.laws import expect
-from tying.enforce.tie import tie_
+from tying.enforce.ties.tie import tie_
 
 FEW = ("transposed", "whole, models")
 WAYS: dict[str, Spread] = {"DDP": processes.ddp, "FSDP2": processes.fsdp_per_block}

@@ -23,7 +23,7 @@ from tying.compress.search import STRENGTHS, Attempt, Search
 from tying.compress.summary import Asked, CompressResult, Kind, summarise
 from tying.compress.targets import find_targets
 from tying.compress.task import FROM_FILE, Task, check_task, name_of
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.errors import FileError, TaskError
 from tying.files.atomic import write_atomically
 from tying.plan import TiePlan

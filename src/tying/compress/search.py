@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tying.channels.find import Channels
 from tying.compress.fits import Fit, Fits
 from tying.compress.targets import Size, Targets, compacted_size, silenced
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.errors import CompactError, PlanError
 from tying.find.budget import least
 from tying.find.discover import discover

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tying.compress.fits import Fit
 from tying.compress.search import Attempt, Search, Source, count
 from tying.compress.task import name_of
-from tying.enforce.compact import compact
+from tying.enforce.compaction.compact import compact
 from tying.find.discover import discover
 from tying.groups import Groups
 from tying.measure import Report, measure

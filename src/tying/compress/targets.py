@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tying.channels.find import Channel, Channels
-from tying.enforce.surgery import check_has_tied_twin
+from tying.enforce.compaction.surgery import check_has_tied_twin
 from tying.errors import CompactError, TaskError
 from tying.find.budget import label_bits
 from tying.groups import Groups

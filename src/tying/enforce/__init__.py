@@ -1,10 +1,10 @@
 """What is done with a plan: one stored copy, or a smaller network."""
 
-from tying.enforce.check import check, retie_
-from tying.enforce.compact import compact, plan_compaction
-from tying.enforce.reduction import Compaction
-from tying.enforce.tie import tie_, untie_
-from tying.enforce.unique import shard_groups, unique_parameters
+from tying.enforce.compaction.compact import compact, plan_compaction
+from tying.enforce.compaction.reduction import Compaction
+from tying.enforce.ties.check import check, retie_
+from tying.enforce.ties.tie import tie_, untie_
+from tying.enforce.ties.unique import shard_groups, unique_parameters
 
 __all__ = [
     "Compaction",

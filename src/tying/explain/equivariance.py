@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tying.explain.calls import Watched, check_finite, watching
-from tying.explain.dependence import Dependence
-from tying.explain.marks import zeros
+from tying.explain.marks.dependence import Dependence
+from tying.explain.marks.marks import zeros
 from tying.explain.planes import crossed, is_pool, is_spatial, places
 from tying.explain.scales import Grid, Scale, find_scales
 
@@ -77,7 +77,7 @@ def measure_equivariance(
         shifts: The farthest shift.
 
     Example:
-        >>> from tying.explain.dependence import find_dependence
+        >>> from tying.explain.marks.dependence import find_dependence
         >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1), nn.MaxPool1d(2))
         >>> x = torch.randn(1, 1, 16)
         >>> [layer.broken_by for layer in measure_equivariance(model, find_dependence(model, x), (x,), 2)]

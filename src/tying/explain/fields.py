@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from tying.explain.dependence import Dependence, Mark
-from tying.explain.marks import zeros
+from tying.explain.marks.dependence import Dependence, Mark
+from tying.explain.marks.marks import zeros
 from tying.explain.planes import Axes, box, is_looked_at, marks_at, middle, on_places, places, shape_of
 
 Box = tuple[tuple[int, int], ...]
@@ -88,7 +88,7 @@ def find_fields(model: nn.Module, dependence: Dependence) -> Fields:
     """Return the receptive fields of all layers that connect places.
 
     Example:
-        >>> from tying.explain.dependence import find_dependence
+        >>> from tying.explain.marks.dependence import find_dependence
         >>> model = nn.Sequential(nn.Conv1d(1, 1, 3), nn.Conv1d(1, 1, 3))
         >>> fields = find_fields(model, find_dependence(model, torch.zeros(1, 1, 9)))
         >>> [(field.sees, field.sees_box, field.reached) for field in fields.layers]

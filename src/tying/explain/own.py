@@ -15,9 +15,9 @@ from tying.channels.graph import Call
 from tying.channels.operations import CHANNELWISE_NORMS, ELEMENTWISE, IDENTITIES
 from tying.channels.operations import CONVOLUTIONS as CONVOLVING
 from tying.errors import TyingError
-from tying.explain.dependence import Dependence, Mark, Step, find_dependence
-from tying.explain.marks import Known, each, execute
-from tying.explain.spreads import PADS
+from tying.explain.marks.dependence import Dependence, Mark, Step, find_dependence
+from tying.explain.marks.marks import Known, each, execute
+from tying.explain.marks.spreads import PADS
 
 
 def count_connections(module: nn.Module, inputs: tuple[int, ...]) -> int | None:

@@ -8,7 +8,7 @@ from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
-from tying.explain.marks import zeros
+from tying.explain.marks.marks import zeros
 from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 
 Axes: TypeAlias = "tuple[int, ...]"

@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from tying.errors import TyingError
 from tying.evaluation import evaluating
 from tying.explain.calls import Observed, check_finite, observe
-from tying.explain.dependence import find_dependence, first_sample
 from tying.explain.equivariance import Equivariance, measure_equivariance
 from tying.explain.fields import Fields, find_fields, input_places, source_shape
 from tying.explain.layers import find_layers
+from tying.explain.marks.dependence import find_dependence, first_sample
 from tying.explain.result import Explanation
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from tying.channels.graph import Call
 from tying.channels.operations import CONVOLUTIONS, WINDOWS
-from tying.explain.dependence import Dependence, Step
-from tying.explain.marks import each
+from tying.explain.marks.dependence import Dependence, Step
+from tying.explain.marks.marks import each
 from tying.explain.planes import LOCAL
 
 Scale: TypeAlias = "tuple[Fraction, ...]"
@@ -41,7 +41,7 @@ def find_scales(model: nn.Module, dependence: Dependence, dimensions: int) -> Ma
 
     Example:
         >>> import torch
-        >>> from tying.explain.dependence import find_dependence
+        >>> from tying.explain.marks.dependence import find_dependence
         >>> model = nn.Sequential(nn.Conv1d(1, 1, 3, stride=2), nn.MaxPool1d(3))
         >>> [grid.period for grid in find_scales(model, find_dependence(model, torch.zeros(1, 1, 20)), 1).values()]
         [(1,), (2,), (6,)]

@@ -53,7 +53,7 @@ def hardwired(layer: PlainConv | Local, input_size: Size | None = None, *, name:
         >>> plan = hardwired(conv, 4)
         >>> print(plan.ties[0])
         weight[elements]: 12 groups → 2 values, 6 pruned
-        >>> from tying.enforce.tie import tie_
+        >>> from tying.enforce.ties.tie import tie_
         >>> dense = nn.Linear(4, 3)
         >>> tie_(dense, plan)
         >>> sum(p.numel() for p in dense.parameters())

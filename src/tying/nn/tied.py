@@ -37,7 +37,8 @@ class _TiedInputs(nn.Module):
     way: Way
     """How it computes: "sum" the inputs of each label; "select" those that are read, by a weight with one column for
     each; "dense": take all, by the whole weight. The same function, rounding aside, of the same stored values: a matter
-    of speed, which `tying.enforce.fastest` measures. `torch.export` always records "sum", which keeps files small."""
+    of speed, which `tying.enforce.compaction.fastest` measures. `torch.export` always records "sum", which keeps files
+    small."""
     _kept: Tensor
     _targets: Tensor
 

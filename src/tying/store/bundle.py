@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tying.enforce.description import Description
+from tying.enforce.compaction.description import Description
 from tying.errors import FileError, PlanError
 from tying.models import Models, by_name
 from tying.plan import Member, Partition, Tie, qualified

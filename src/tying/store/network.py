@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.description import Description, describe, rebuild
+from tying.enforce.compaction.description import Description, describe, rebuild
 from tying.errors import FileError, PlanError, TyingError
 from tying.files.atomic import write_atomically
 from tying.files.sealed import seal, unseal

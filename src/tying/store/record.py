@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tying.enforce.description import Description
-from tying.enforce.surgery import TIED
+from tying.enforce.compaction.description import Description
+from tying.enforce.compaction.surgery import TIED
 from tying.errors import FileError
 from tying.files.packing import Packed, pack, unpack
 from tying.groups import Groups

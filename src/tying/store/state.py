@@ -13,8 +13,8 @@ from safetensors.torch import save as encode
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tying.enforce.compaction.surgery import TIED
 from tying.enforce.held import owned
-from tying.enforce.surgery import TIED
 from tying.errors import FileError
 from tying.files.sealed import bytes_of
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tying.enforce.check import check
-from tying.enforce.expansion import Gradient
-from tying.enforce.tie import gradients_of, plan_of, tie_, untie_
+from tying.enforce.ties.check import check
+from tying.enforce.ties.expansion import Gradient
+from tying.enforce.ties.tie import gradients_of, plan_of, tie_, untie_
 from tying.errors import TieError
 from tying.models import Models, by_name, parameters_of
 from tying.plan import Tie, TiePlan

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.surgery import TIED
-from tying.enforce.tie import plan_of
+from tying.enforce.compaction.surgery import TIED
+from tying.enforce.ties.tie import plan_of
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, TiePlan, qualified

@@ -7,8 +7,8 @@ from typing import cast, get_args
 
 from torch import Tensor, nn
 
-from tying.enforce.bind import bond_of, by_parameters, put_in_force
-from tying.enforce.bonds import (
+from tying.enforce.ties.bind import bond_of, by_parameters, put_in_force
+from tying.enforce.ties.bonds import (
     Bond,
     Bonds,
     Place,
@@ -19,10 +19,10 @@ from tying.enforce.bonds import (
     replace,
     same_ties,
 )
-from tying.enforce.expansion import Gradient
-from tying.enforce.guard import Guard, bonds_of, guards_of
-from tying.enforce.refusals import refuse_lists, refuse_unfit
-from tying.enforce.steps import changed, released
+from tying.enforce.ties.expansion import Gradient
+from tying.enforce.ties.guard import Guard, bonds_of, guards_of
+from tying.enforce.ties.refusals import refuse_lists, refuse_unfit
+from tying.enforce.ties.steps import changed, released
 from tying.errors import PlanError
 from tying.models import Models, callable_parts, modules_of, parameters_of
 from tying.plan import Tie, TiePlan, qualified
@@ -67,7 +67,7 @@ def tie_(models: Models, plan: TiePlan, *, gradient: Gradient = "sum") -> None:
         >>> tie_(models, match(models))
         >>> models["a"].weight is models["b"].weight
         True
-        >>> from tying.enforce.unique import unique_parameters
+        >>> from tying.enforce.ties.unique import unique_parameters
         >>> [tuple(p.shape) for p in unique_parameters(models)]
         [(3, 4), (3,)]
         >>> untie_(models)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tying.channels.graph import Call
 from tying.channels.operations import PRODUCTS
-from tying.explain.marks import Known, Marks, Rule, execute, ones, present, zeros
+from tying.explain.marks.marks import Known, Marks, Rule, execute, ones, present, zeros
 
 
 def linear(call: Call) -> Rule:

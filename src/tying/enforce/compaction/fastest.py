@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.compare import Inputs, run
-from tying.enforce.surgery import TIED, TiedLayer, set_ways_, ways_of
+from tying.enforce.compaction.compare import Inputs, run
+from tying.enforce.compaction.surgery import TIED, TiedLayer, set_ways_, ways_of
 from tying.evaluation import evaluating
 from tying.nn.tied import WAYS, Way
 from tying.outputs import same_random_numbers

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tying.channels.constants import Constants
 from tying.channels.find import Channel, Channels, Slice
-from tying.enforce.adapt import Change
+from tying.enforce.compaction.adapt import Change
+from tying.enforce.compaction.live import READERS, Network, everything_pruned
+from tying.enforce.compaction.norms import zero_or_why
+from tying.enforce.compaction.sizes import changed_sizes, last_ones, scale_norms
+from tying.enforce.compaction.surgery import check_has_tied_twin
 from tying.enforce.held import names_of
-from tying.enforce.live import READERS, Network, everything_pruned
-from tying.enforce.norms import zero_or_why
-from tying.enforce.sizes import changed_sizes, last_ones, scale_norms
-from tying.enforce.surgery import check_has_tied_twin
 from tying.errors import CompactError
 from tying.plan import Tie, TiePlan
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tying.enforce.probes import Case, probes
+from tying.enforce.compaction.probes import Case, probes
 from tying.errors import CompactError
 from tying.outputs import difference, random_like, same_random_numbers, tensors_in, tensors_inside
 

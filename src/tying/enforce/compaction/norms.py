@@ -13,7 +13,7 @@ from torch import nn
 
 from tying.channels.constants import Constants
 from tying.channels.find import Channel, Channels, Norm
-from tying.enforce.adapt import Epsilon
+from tying.enforce.compaction.adapt import Epsilon
 
 
 def zero_or_why(model: nn.Module, channels: Channels, constants: Constants, channel: Channel) -> str | None:

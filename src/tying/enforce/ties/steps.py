@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from tying.enforce.bonds import Bond, Bonds
+from tying.enforce.ties.bonds import Bond, Bonds
 from tying.errors import TieError
 
 

@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tying.enforce.bonds import Bond, Bonds, Place
-from tying.enforce.difference import difference
-from tying.enforce.expansion import Expansion
+from tying.enforce.ties.bonds import Bond, Bonds, Place
+from tying.enforce.ties.difference import difference
+from tying.enforce.ties.expansion import Expansion
 from tying.errors import TieError
 from tying.plan import qualified
 

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.adapt import attributes_of, restore_attributes_
-from tying.enforce.convolutions import rebuild_convolutions
-from tying.enforce.surgery import TIED, place_tied_, replace_, set_ways_, sizes_of, ways_of
+from tying.enforce.compaction.adapt import attributes_of, restore_attributes_
+from tying.enforce.compaction.convolutions import rebuild_convolutions
+from tying.enforce.compaction.surgery import TIED, place_tied_, replace_, set_ways_, sizes_of, ways_of
 from tying.errors import PlanError
 from tying.nn import FlatConv
 from tying.nn.tied import WAYS

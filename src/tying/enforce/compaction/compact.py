@@ -15,16 +15,16 @@ from torch.nn.utils import parametrize
 from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
 from tying.channels.graph import export
-from tying.enforce.adapt import set_attributes_
-from tying.enforce.collecting import garbage_put_off
-from tying.enforce.compare import Inputs, Reference, check_equal, same_random_numbers
-from tying.enforce.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
-from tying.enforce.dense import tied_layers, written_out
-from tying.enforce.fastest import choose_fastest_
-from tying.enforce.guard import bonds_of
-from tying.enforce.reduction import Compaction, reduce
-from tying.enforce.surgery import place_tied_, replace_, set_ways_, ways_of
-from tying.enforce.trial import tried
+from tying.enforce.compaction.adapt import set_attributes_
+from tying.enforce.compaction.collecting import garbage_put_off
+from tying.enforce.compaction.compare import Inputs, Reference, check_equal, same_random_numbers
+from tying.enforce.compaction.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
+from tying.enforce.compaction.dense import tied_layers, written_out
+from tying.enforce.compaction.fastest import choose_fastest_
+from tying.enforce.compaction.reduction import Compaction, reduce
+from tying.enforce.compaction.surgery import place_tied_, replace_, set_ways_, ways_of
+from tying.enforce.compaction.trial import tried
+from tying.enforce.ties.guard import bonds_of
 from tying.errors import CompactError
 from tying.plan import Member, Tie, TiePlan
 
@@ -50,8 +50,8 @@ def compact(
         example_inputs: A tensor, or the tuple of tensors that `model` takes; the first dimension is the batch.
         tolerance: Largest difference from the projected model's outputs, relative to the largest of them.
         fastest: Measure here, layer by layer on the example inputs, whether a tied layer should sum its inputs or read
-            them as the dense one does (`tying.enforce.fastest`); it stores each value once either way. Machines differ:
-            without it, the same plan gives the same network on every one.
+            them as the dense one does (`tying.enforce.compaction.fastest`); it stores each value once either way.
+            Machines differ: without it, the same plan gives the same network on every one.
 
     Returns:
         A module with the model's dtype, device, mode and `requires_grad`, which shares no tensor with it.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from tying.enforce.adapt import Attributes, attributes_kept, fitting, set_attributes_
-from tying.enforce.reduction import Compaction
+from tying.enforce.compaction.adapt import Attributes, attributes_kept, fitting, set_attributes_
+from tying.enforce.compaction.reduction import Compaction
 from tying.errors import CompactError
 
 

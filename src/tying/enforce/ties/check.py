@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tying.enforce.bonds import Bonds
-from tying.enforce.guard import bonds_of, guards_of
-from tying.enforce.mend import Diagnosis, diagnose, mend
+from tying.enforce.ties.bonds import Bonds
+from tying.enforce.ties.guard import bonds_of, guards_of
+from tying.enforce.ties.mend import Diagnosis, diagnose, mend
 from tying.models import Models
 
 How = Literal["holds", "can be mended", "broken", "alone"]
@@ -55,7 +55,7 @@ def check(models: Models) -> Checked:
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from tying.enforce.tie import tie_
+        >>> from tying.enforce.ties.tie import tie_
         >>> from tying.find.match import match
         >>> models = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
         >>> tie_(models, match(models))

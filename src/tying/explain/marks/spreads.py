@@ -24,9 +24,9 @@ from tying.channels.operations import (
     REDUCTIONS,
     WINDOWS,
 )
-from tying.explain.marks import Known, Marks, Rule, everywhere, execute, known_in, names, ones, zeros
-from tying.explain.products import attention, einsum, linear, matmul
-from tying.explain.sliding import convolution, window
+from tying.explain.marks.marks import Known, Marks, Rule, everywhere, execute, known_in, names, ones, zeros
+from tying.explain.marks.products import attention, einsum, linear, matmul
+from tying.explain.marks.sliding import convolution, window
 
 RUN = (
     MOVES

@@ -14,8 +14,8 @@ from tying.channels.graph import Call, Graph, export
 from tying.channels.operations import IDENTITIES
 from tying.errors import CompactError, TyingError
 from tying.evaluation import evaluating
-from tying.explain.marks import Known, Rule, Several, names, ones
-from tying.explain.spreads import rule
+from tying.explain.marks.marks import Known, Rule, Several, names, ones
+from tying.explain.marks.spreads import rule
 
 Mark: TypeAlias = "Tensor | list[Tensor]"
 """Of an operation, or of one with several outputs: 1 where an element is marked, 0 elsewhere."""

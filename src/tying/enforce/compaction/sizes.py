@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tying.channels.find import Channels, Counted
-from tying.enforce.adapt import Change, Kind, Size
-from tying.enforce.live import Network
-from tying.enforce.norms import adapted
+from tying.enforce.compaction.adapt import Change, Kind, Size
+from tying.enforce.compaction.live import Network
+from tying.enforce.compaction.norms import adapted
 from tying.plan import qualified
 
 

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.bonds import Bond, Bonds, Place, chain_at
-from tying.enforce.checkpoints import prepare
-from tying.enforce.mend import mend
-from tying.enforce.steps import released, watch
+from tying.enforce.ties.bonds import Bond, Bonds, Place, chain_at
+from tying.enforce.ties.checkpoints import prepare
+from tying.enforce.ties.mend import mend
+from tying.enforce.ties.steps import released, watch
 from tying.errors import TieError
 from tying.models import Models, by_name
 from tying.plan import qualified
@@ -26,7 +26,7 @@ class Guard:
     """Looks at every forward of a model whether all its ties hold, by identity: no value is compared while they do.
 
     It belongs to the model: a copy of the model has a copy of it. It also looks at every `load_state_dict`, and is
-    asked by optimizers (see `tying.enforce.steps`).
+    asked by optimizers (see `tying.enforce.ties.steps`).
     """
 
     def __init__(self, bonds: Bonds, prefix: str, root: nn.Module) -> None:

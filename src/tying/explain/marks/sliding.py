@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tying.channels.graph import Call
 from tying.channels.operations import WINDOWS
-from tying.explain.marks import Known, Marks, Rule, Spread, each, everywhere, execute, known_in, ones, present
+from tying.explain.marks.marks import Known, Marks, Rule, Spread, each, everywhere, execute, known_in, ones, present
 
 
 def convolution(call: Call) -> Rule:

@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import nn
 
+from tying.enforce.compaction.surgery import TIED, TiedLayer
 from tying.enforce.held import not_alone, places_of
-from tying.enforce.surgery import TIED, TiedLayer
 from tying.errors import CompactError
 from tying.groups import Groups
 from tying.nn import TiedLinear

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tying.enforce.expansion import Expansion, Gradient, Stage
+from tying.enforce.ties.expansion import Expansion, Gradient, Stage
 from tying.groups import Groups
 from tying.plan import Member, Partition, Tie, qualified
 

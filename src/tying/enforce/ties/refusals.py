@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from tying.enforce.bonds import Bonds, split_labels
-from tying.enforce.guard import bonds_of
+from tying.enforce.ties.bonds import Bonds, split_labels
+from tying.enforce.ties.guard import bonds_of
 from tying.errors import PlanError
 from tying.models import Models, modules_of
 from tying.plan import Tie, TiePlan

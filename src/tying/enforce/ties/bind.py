@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.bonds import Bond, Bonds, Place, install, replace, split_labels
-from tying.enforce.expansion import Gradient
-from tying.enforce.guard import Guard
-from tying.enforce.steps import kept, released
+from tying.enforce.ties.bonds import Bond, Bonds, Place, install, replace, split_labels
+from tying.enforce.ties.expansion import Gradient
+from tying.enforce.ties.guard import Guard
+from tying.enforce.ties.steps import kept, released
 from tying.errors import PlanError
 from tying.plan import Tie, TiePlan
 

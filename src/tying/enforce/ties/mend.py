@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.bonds import Bond, Bonds, Place, chain_at, install, is_expansion
-from tying.enforce.difference import REMEDY, alike, difference
-from tying.enforce.steps import changed, kept, released
+from tying.enforce.ties.bonds import Bond, Bonds, Place, chain_at, install, is_expansion
+from tying.enforce.ties.difference import REMEDY, alike, difference
+from tying.enforce.ties.steps import changed, kept, released
 from tying.errors import TieError
 
 _log = logging.getLogger(__name__)

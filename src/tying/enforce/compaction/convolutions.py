@@ -72,7 +72,7 @@ def rebuild_convolutions(model: nn.Module, description: Mapping[str, Mapping[str
 
     Args:
         model: Of the architecture before compacting; written to.
-        description: Of `tying.enforce.description.describe`.
+        description: Of `tying.enforce.compaction.description.describe`.
 
     Raises:
         PlanError: If a recorded geometry is malformed.

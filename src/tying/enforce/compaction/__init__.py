@@ -1,0 +1,1 @@
+"""A smaller network that computes the same: what is proven to be unneeded removed, what is tied summed first."""

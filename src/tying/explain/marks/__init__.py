@@ -1,0 +1,1 @@
+"""Who sees whom: marks pushed through an exported graph, operation by operation."""
