@@ -46,6 +46,8 @@ def front() -> Iterator[str]:
     yield from several_tables.ties_in_short(_read("ties"))
     yield from several_tables.bundle_in_short(_read("bundle"))
     yield from convolution_tables.speed_in_short(_read("conv_speed"), _read("resnet50_speed"))
+    if (RESULTS / "channels.json").is_file():
+        yield from convolution_tables.channels_in_short(_read("channels"))
     yield ""
     yield from convolution_tables.lenet(_read("lenet"))
 
