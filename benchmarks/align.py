@@ -116,7 +116,7 @@ def vit_small() -> nn.Module:
 CASES = {
     "mlp 784-300-10": Case(lambda: networks.mlp()[0], (784,), 200),
     "cnn with batchnorm": Case(cnn, (1, 28, 28), 32),
-    "resnet20": Case(lambda: networks.resnet20()[0], (3, 32, 32), 16),
+    "resnet20": Case(lambda: networks.resnet20_bare_shortcuts()[0], (3, 32, 32), 16),
     "resnet50": Case(resnet50, (3, 64, 64), 16, large=True),
     "vit small": Case(vit_small, (3, 64, 64), 16, large=True),
 }

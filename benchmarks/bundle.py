@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import mlp, resnet20, transformer
+from benchmarks.networks import mlp, resnet20_bare_shortcuts, transformer
 from benchmarks.record import record
 from tying.enforce import tie_
 from tying.find.match import match
 from tying.store import load, save
 
 Network = Callable[[], tuple[nn.Module, Tensor, Tensor]]
-NETWORKS: dict[str, Network] = {"MLP 784-300-10": mlp, "ResNet-20": resnet20, "transformer, 6 × 384": transformer}
+NETWORKS: dict[str, Network] = {
+    "MLP 784-300-10": mlp,
+    "ResNet-20": resnet20_bare_shortcuts,
+    "transformer, 6 × 384": transformer,
+}
 CLASSES = {"a": 10, "b": 5}
 
 

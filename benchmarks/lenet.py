@@ -24,6 +24,7 @@ from torch.optim import SGD, AdamW
 
 import tying
 from benchmarks.data import CACHE, Images, load
+from benchmarks.networks import LeNet5
 from benchmarks.record import record
 from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
 from tying import GroupLasso, Groups, GrOWL, TiePlan
@@ -49,20 +50,6 @@ SETTINGS = {
 }
 Choice = float | tuple[int, ...]
 """A strength, or the shape of a narrow network."""
-
-
-class LeNet5(nn.Sequential):
-    """Caffe's LeNet-5, with ReLU after the convolutions too: 431,080 parameters."""
-
-    def __init__(self, channels: int = 20, more: int = 50, units: int = 500) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, channels, 5)
-        self.rest1 = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
-        self.conv2 = nn.Conv2d(channels, more, 5)
-        self.rest2 = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        self.fc1 = nn.Linear(16 * more, units)
-        self.rest3 = nn.ReLU()
-        self.fc2 = nn.Linear(units, 10)
 
 
 def values_of(model: nn.Module) -> int:

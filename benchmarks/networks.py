@@ -1,10 +1,58 @@
-"""The networks that the step of the penalties is timed on: the weights of large ones, and small ones that train."""
+"""The networks of several benchmarks: those that are trained, weights of large ones, and small ones with a batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
+
+
+class LeNet5(nn.Sequential):
+    """Caffe's LeNet-5, with ReLU after the convolutions too: 431,080 parameters."""
+
+    def __init__(self, channels: int = 20, more: int = 50, units: int = 500) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, 5)
+        self.rest1 = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+        self.conv2 = nn.Conv2d(channels, more, 5)
+        self.rest2 = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+        self.fc1 = nn.Linear(16 * more, units)
+        self.rest3 = nn.ReLU()
+        self.fc2 = nn.Linear(units, 10)
+
+
+class Block(nn.Module):
+    """Two convolutions with BatchNorm, added to what went in."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if (inputs, stride) != (outputs, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, inputs, H, W)` to `(N, outputs, H ÷ stride, W ÷ stride)`."""
+        hidden = relu(self.first_norm(self.first(x)))
+        return relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
+
+
+class ResNet20(nn.Sequential):
+    """He et al., section 4.2 (arXiv 1512.03385), with projections for shortcuts."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(
+            *(Block(width, width, 1) for _ in range(3)),
+            *(Block(width * (1 if i == 0 else 2), width * 2, 2 if i == 0 else 1) for i in range(3)),
+            *(Block(width * (2 if i == 0 else 4), width * 4, 2 if i == 0 else 1) for i in range(3)),
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(width * 4, 10)
 
 
 def resnet50() -> dict[str, tuple[int, ...]]:
@@ -55,9 +103,14 @@ def mlp() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(128, 784), torch.randint(10, (128,))
 
 
-def resnet20() -> tuple[nn.Module, Tensor, Tensor]:
-    """He et al.'s for CIFAR-10 (arXiv 1512.03385), with a batch of 128 and its labels."""
-    blocks = [_Block(*sizes) for sizes in [(16, 16)] * 3 + [(16, 32)] + [(32, 32)] * 2 + [(32, 64)] + [(64, 64)] * 2]
+def resnet20_bare_shortcuts() -> tuple[nn.Module, Tensor, Tensor]:
+    """`ResNet20` but for the projections, which have no BatchNorm behind them; with a batch of 128 and its labels.
+
+    The kept figures of `align`, `bundle` and `prox` are of this one: sizes and draws depend on its tensors.
+    """
+    blocks = [
+        _BareBlock(*sizes) for sizes in [(16, 16)] * 3 + [(16, 32)] + [(32, 32)] * 2 + [(32, 64)] + [(64, 64)] * 2
+    ]
     stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return model, torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
@@ -72,7 +125,7 @@ def transformer() -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(8, 64, 384), torch.randint(10, (8,))
 
 
-class _Block(nn.Module):
+class _BareBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         stride = outputs // inputs

@@ -48,7 +48,7 @@ NETWORKS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
 }
 TRAINED = {
     "MLP 784-300-10, batch 128": networks.mlp,
-    "ResNet-20, batch 128": networks.resnet20,
+    "ResNet-20, batch 128": networks.resnet20_bare_shortcuts,
     "transformer, 6 layers of 384": networks.transformer,
 }
 

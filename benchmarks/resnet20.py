@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 from torch.optim import SGD
 
 import tying
 from benchmarks.data import CACHE, Images, cifar10
+from benchmarks.networks import ResNet20
 from benchmarks.record import record
 from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
 from tying import Groups, GrOWL, TiePlan
@@ -50,40 +50,6 @@ SETTINGS = {
 }
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).reshape(3, 1, 1)
 DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).reshape(3, 1, 1)
-
-
-class Block(nn.Module):
-    """Two convolutions with BatchNorm, added to what went in."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.first_norm = nn.BatchNorm2d(outputs)
-        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.second_norm = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity()
-        if (inputs, stride) != (outputs, 1):
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(N, inputs, H, W)` to `(N, outputs, H ÷ stride, W ÷ stride)`."""
-        hidden = relu(self.first_norm(self.first(x)))
-        return relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
-
-
-class ResNet20(nn.Sequential):
-    """He et al., section 4.2 (arXiv 1512.03385), with projections for shortcuts."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.blocks = nn.Sequential(
-            *(Block(width, width, 1) for _ in range(3)),
-            *(Block(width * (1 if i == 0 else 2), width * 2, 2 if i == 0 else 1) for i in range(3)),
-            *(Block(width * (2 if i == 0 else 4), width * 4, 2 if i == 0 else 1) for i in range(3)),
-        )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(width * 4, 10)
 
 
 PARAMETERS = sum(p.numel() for p in ResNet20().parameters())
