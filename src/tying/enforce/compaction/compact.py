@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn.utils import parametrize
 from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
 from tying.channels.graph import export
-from tying.enforce.compaction.adapt import set_attributes_
+from tying.enforce.compaction.adapt import Attributes, set_attributes_
+from tying.enforce.compaction.bare import bare_norms, fit_bare_norms_
 from tying.enforce.compaction.collecting import garbage_put_off
 from tying.enforce.compaction.compare import Inputs, Reference, check_equal, same_random_numbers
 from tying.enforce.compaction.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
@@ -79,13 +81,13 @@ def compact(
     with garbage_put_off(), same_random_numbers(model):
         ways = ways_of(model)
         model, plan = _written_out(model, plan)
-        reference, layers, compaction, compared = _plan(model, plan, inputs, tolerance)
-        small = _build(_copied(model), layers, compaction)
+        planned = _plan(model, plan, inputs, tolerance)
+        small = _build(_copied(model), planned.layers, planned.compaction)
         set_ways_(small, ways)
-        if (fastest and choose_fastest_(small, inputs)) or ways or not compared:
-            checked = _build(_copied(model).double(), layers, compaction).eval()
+        if (fastest and choose_fastest_(small, inputs)) or ways or not planned.compared:
+            checked = _build(_copied(model).double(), planned.layers, planned.compaction).eval()
             set_ways_(checked, ways_of(small))
-            check_equal(reference, checked, tolerance)
+            check_equal(planned.reference, checked, tolerance)
         return small
 
 
@@ -114,16 +116,24 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, 
           0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
     """
     with garbage_put_off(), same_random_numbers(model):
-        return _plan(*_written_out(model, plan), _inputs(example_inputs), _checked(tolerance))[2]
+        return _plan(*_written_out(model, plan), _inputs(example_inputs), _checked(tolerance)).compaction
 
 
-def _plan(
-    model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance: float
-) -> tuple[Reference, Mapping[str, Geometry], Compaction, bool]:
-    """The model projected on the plan, float64 and in evaluation mode; what becomes a convolution; what then goes.
+@dataclass(frozen=True)
+class _Planned:
+    """What is to be done to a model, and what the result must compute."""
 
-    Convolutions are placed before channels are looked for: theirs can go too. Last, whether it was compared.
-    """
+    reference: Reference
+    """The model projected on the plan, float64 and in evaluation mode."""
+    layers: Mapping[str, Geometry]
+    """What becomes a convolution, by module name."""
+    compaction: Compaction
+    compared: bool
+    """Whether the result of the compaction was compared with the reference already."""
+
+
+def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance: float) -> _Planned:
+    """Find out what goes. Convolutions are placed before channels are looked for: theirs can go too."""
     plan = _by_first_names(plan, model)
     found = _check_compactable(model, plan)
     projected = _copied(model).double().eval()
@@ -143,13 +153,23 @@ def _plan(
         return reduce(network, found.others, channels, constants, refused)
 
     def build(compaction: Compaction) -> nn.Module:
-        return _build(_copied(model).double(), found.layers, compaction).eval()
+        small = _build(_copied(model).double(), found.layers, compaction).eval()
+        fit_bare_norms_(small, reference.inputs)
+        return small
 
     def check(small: nn.Module, norms: bool) -> None:
         check_equal(reference, small, tolerance, norms=norms)
 
     compaction, compared = tried(network, reduced, build, check)
-    return reference, found.layers, compaction, compared
+    if bare_norms(network):
+        small = _build(_copied(model).double(), found.layers, compaction).eval()
+        attributes = _merged(compaction.attributes, fit_bare_norms_(small, reference.inputs))
+        compaction = replace(compaction, attributes=attributes)
+    return _Planned(reference, found.layers, compaction, compared)
+
+
+def _merged(one: Attributes, other: Attributes) -> Attributes:
+    return {path: {**one.get(path, {}), **other.get(path, {})} for path in dict.fromkeys([*one, *other])}
 
 
 def _written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
