@@ -135,7 +135,8 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     """Export the model in evaluation mode, without touching it.
 
     Raises:
-        CompactError: If `torch.export` can't follow the forward.
+        CompactError: If `torch.export` can't follow the forward, or a size in it depends on the numbers that come in;
+            names the operation and its module.
     """
     from torch.export import export as torch_export
 
@@ -152,6 +153,7 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
                 f"{type(error).__name__}: {_first_line(error)}; take control flow that depends on the data out of "
                 "forward, check the example inputs, or use tie_, which needs no graph"
             ) from error
+    _refuse_symbolic_sizes(program.graph)
     tensors, aliases = _tensors(model)
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
     kinds = {"PARAMETER": "parameter", "BUFFER": "buffer", "USER_INPUT": "input"}
@@ -166,6 +168,21 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     unread = frozenset(sources[name].name for name in dropped) & frozenset(tensors)
     fixed = tuple((first[name], axis, reason) for name, axis, reason in _checked(model) if name in first)
     return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread, fixed)
+
+
+def _refuse_symbolic_sizes(graph: fx.Graph) -> None:
+    """Raise where a size depends on the numbers that come in: channels could not be told from samples there."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            call = _call(node, {})
+            for made in call.outputs:
+                if isinstance(made, Tensor) and not all(type(size) is int for size in made.shape):
+                    raise CompactError(
+                        f"{call}: expected sizes that the inputs' sizes fix, got {tuple(made.shape)}, where "
+                        f"{', '.join(str(size) for size in made.shape if type(size) is not int)} depends on the "
+                        "numbers that come in; mask them with torch.where instead of selecting some, or use tie_, "
+                        "which needs no graph"
+                    )
 
 
 def _checked(model: nn.Module) -> Iterator[tuple[str, int, str]]:
