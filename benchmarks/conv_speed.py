@@ -13,18 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from benchmarks.record import record
-from benchmarks.timing import in_turn, spread, versus
+from benchmarks.timing import LAYOUTS, flops, in_turn, spread, versus
 from tying.enforce import compact
 from tying.enforce.compaction.fastest import choose_fastest_
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 
 CHANNELS, SIZE, BATCH, KEPT, TIED = 256, 28, 16, 128, 3
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,13 +41,6 @@ def layers(pruned: bool) -> tuple[nn.Module, nn.Module]:
         ties.append(Tie.of("0.weight", Groups.outputs(), outputs))
     small = compact(model, TiePlan(ties), torch.randn(2, CHANNELS, 8, 8))
     return model[0].eval(), small[0].eval()
-
-
-def flops(layer: nn.Module, x: Tensor) -> int:
-    """Of the product; that of a tied layer as it sums."""
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    return counter.get_total_flops()
 
 
 def timings(rounds: int) -> Iterator[dict[str, object]]:

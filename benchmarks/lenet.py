@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -26,7 +27,7 @@ import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.networks import LeNet5
 from benchmarks.record import record
-from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
+from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, said, summarise, trained_once, wait
 from tying import GroupLasso, Groups, GrOWL, TiePlan
 
 INPUTS, UNITS = Groups.inputs(), Groups.outputs()
@@ -157,28 +158,10 @@ def run(dataset: str, method: str, size: int, choice: Choice, seed: int, folder:
     return kept(folder / f"{name}.json", make)
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per data set, method and size, in the order of the rows."""
-    lines = []
-    for key in dict.fromkeys((r["dataset"], r["method"], r["size"]) for r in rows):
-        mine = [r for r in rows if (r["dataset"], r["method"], r["size"]) == key]
-        test = [r["test"] for r in mine]
-        lines.append(
-            dict(zip(("dataset", "method", "size"), key, strict=True))
-            | {
-                "choice": mine[0]["choice"],
-                "seeds": [r["seed"] for r in mine],
-                "ratio": PARAMETERS / statistics.mean(r["values"] for r in mine),
-                "test": test,
-                "test_mean": statistics.mean(test),
-                "test_spread": statistics.stdev(test) if len(test) > 1 else None,
-                "validation_mean": statistics.mean(r["validation"] for r in mine),
-                "operations": statistics.mean(r["operations"] for r in mine),
-                "file_bytes": [r["file_bytes"] for r in mine],
-                "shapes": mine[0]["shapes"],
-            }
-        )
-    return lines
+def beside(mine: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a line says of LeNet-5 beside the accuracies."""
+    operations = statistics.mean(run["operations"] for run in mine)
+    return {"choice": mine[0]["choice"], "operations": operations, "shapes": mine[0]["shapes"]}
 
 
 def _choice(pilot: dict[str, Any] | None) -> Choice:
@@ -219,12 +202,12 @@ def main() -> None:
         rows = wait([pool.submit(run, *job, folder) for job in jobs], "all methods")
     rows.sort(key=lambda r: (r["dataset"] != "mnist", r["size"]))
     validated = [{k: p[k] for k in ("dataset", "method", "size", "choice", "validation")} for p in pilots]
-    results = {"parameters": PARAMETERS, "settings": SETTINGS, "pilots": validated, "lines": summarise(rows)}
+    lines = summarise(rows, ("dataset", "method", "size"), PARAMETERS, beside)
+    results = {"parameters": PARAMETERS, "settings": SETTINGS, "pilots": validated, "lines": lines}
     record(options.out, f"make bench-lenet (python -m benchmarks.lenet --seeds {options.seeds})", results)
-    for line in results["lines"]:
-        spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"
+    for line in lines:
         print(
-            f"{line['dataset']:<14} {line['method']:<24} {line['ratio']:6.1f}×  test {line['test_mean']:.2f}{spread}"
+            f"{line['dataset']:<14} {line['method']:<24} {line['ratio']:6.1f}×  {said(line)}"
             f"  file {statistics.mean(line['file_bytes']) / 1000:.1f} kB"
         )
 

@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.record import record
-from benchmarks.training import wait
+from benchmarks.training import said, tested, wait
 from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
 from tying.measure import sharing
 
@@ -289,9 +289,7 @@ def summarise(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
             "size": size,
             "strength": best,
             "seeds": [r["seed"] for r in chosen],
-            "test": test,
-            "test_mean": statistics.mean(test),
-            "test_spread": statistics.stdev(test) if len(test) > 1 else None,
+            **tested(test),
             "validation_mean": means[best],
             "validation_by_strength": {f"{s:g}": v for s, v in means.items()},
             "ratio": PARAMETERS / statistics.mean(r["values"] for r in chosen),
@@ -356,9 +354,8 @@ def main() -> None:
         options.out, command, {"parameters": PARAMETERS, "settings": settings, "strengths": STRENGTHS, "lines": lines}
     )
     for line in lines:
-        spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"
         print(
-            f"{line['method']:<24} {line['size']:>5g}×  {line['ratio']:6.1f}×  test {line['test_mean']:.2f}{spread}"
+            f"{line['method']:<24} {line['size']:>5g}×  {line['ratio']:6.1f}×  {said(line)}"
             f"  validation {line['validation_mean']:.2f}  file {statistics.mean(line['file_bytes']) / 1000:.1f} kB"
         )
 

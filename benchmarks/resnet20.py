@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,18 @@ import tying
 from benchmarks.data import CACHE, Images, cifar10
 from benchmarks.networks import ResNet20
 from benchmarks.record import record
-from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, trained_once, wait
+from benchmarks.training import (
+    BATCH,
+    accuracy,
+    cropped_and_flipped,
+    fingerprint,
+    fit,
+    kept,
+    said,
+    summarise,
+    trained_once,
+    wait,
+)
 from tying import Groups, GrOWL, TiePlan
 
 INPUTS = Groups.inputs()
@@ -67,13 +79,7 @@ def standardised(images: Tensor) -> Tensor:
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pad by 4, crop 32 × 32 and flip, each image at random."""
-    n = len(images)
-    padded = nn.functional.pad(standardised(images), (4, 4, 4, 4))
-    down, right = torch.randint(9, (2, n), generator=generator)
-    columns = right[:, None] + torch.arange(32)
-    columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    rows = down[:, None] + torch.arange(32)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return cropped_and_flipped(standardised(images), 4, generator)
 
 
 def train(model: nn.Module, epochs: int, rate: float, seed: int, name: str, strength: float = 0.0) -> nn.Module:
@@ -167,29 +173,11 @@ def run(method: str, rate: float, seed: int, folder: Path) -> dict[str, Any]:
     return kept(folder / f"{name}.json", make)
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method, in the order of the rows."""
-    dense = {r["seed"]: r["test"] for r in rows if r["method"] == "dense"}
-    lines = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        mine = [r for r in rows if r["method"] == method]
-        below = [dense[r["seed"]] - r["test"] for r in mine]
-        lines.append(
-            {
-                "method": method,
-                "rate": mine[0]["rate"],
-                "seeds": [r["seed"] for r in mine],
-                "ratio": PARAMETERS / statistics.mean(r["values"] for r in mine),
-                "test": [r["test"] for r in mine],
-                "test_mean": statistics.mean(r["test"] for r in mine),
-                "test_spread": statistics.stdev(r["test"] for r in mine) if len(mine) > 1 else None,
-                "below_dense": statistics.mean(below),
-                "validation_mean": statistics.mean(r["validation"] for r in mine),
-                "operations": mine[0]["operations"],
-                "file_bytes": [r["file_bytes"] for r in mine],
-            }
-        )
-    return lines
+def beside(rows: list[dict[str, Any]], mine: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a line of a method says beside the accuracies."""
+    dense = {row["seed"]: row["test"] for row in rows if row["method"] == "dense"}
+    below = statistics.mean(dense[run["seed"]] - run["test"] for run in mine)
+    return {"rate": mine[0]["rate"], "below_dense": below, "operations": mine[0]["operations"]}
 
 
 def main() -> None:
@@ -216,19 +204,16 @@ def main() -> None:
             if method not in CONTROLS or seed < options.controls
         ]
         rows = wait([pool.submit(run, *job, folder) for job in jobs], "all methods")
+    lines = summarise(rows, ("method",), PARAMETERS, partial(beside, rows))
     results = {
         "parameters": PARAMETERS,
         "settings": SETTINGS,
         "pilots": [{k: p[k] for k in ("method", "rate", "validation")} for p in pilots],
-        "lines": summarise(rows),
+        "lines": lines,
     }
     record(options.out, f"make bench-resnet20 (python -m benchmarks.resnet20 --seeds {options.seeds})", results)
-    for line in results["lines"]:
-        spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"
-        print(
-            f"{line['method']:<28} {line['ratio']:4.1f}×  test {line['test_mean']:.2f}{spread}  "
-            f"{line['below_dense']:+.2f} below dense"
-        )
+    for line in lines:
+        print(f"{line['method']:<28} {line['ratio']:4.1f}×  {said(line)}  {line['below_dense']:+.2f} below dense")
 
 
 if __name__ == "__main__":

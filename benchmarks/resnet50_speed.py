@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.channels.fixtures import ARCHITECTURES
 from benchmarks.record import record
-from benchmarks.timing import in_turn, spread, versus
+from benchmarks.timing import LAYOUTS, flops, in_turn, spread, versus
 from tying.enforce import compact
 from tying.enforce.compaction.fastest import choose_fastest_
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 
 BATCH, SIZE, ZERO, TIED = 8, 224, 0.5, 2
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def networks(size: int) -> tuple[nn.Module, nn.Module]:
@@ -43,12 +41,6 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
             labels[generator.permutation(kept)] = np.arange(len(kept)) % (len(kept) // TIED)
             ties.append(Tie.of(reader.tensor, Groups.inputs(), labels))
     return dense, compact(dense, TiePlan(ties), torch.randn(2, 3, min(size, 64), min(size, 64))).eval()
-
-
-def flops(model: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops()
 
 
 def whole(models: Mapping[str, Callable[[], Tensor]], ideal: float, rounds: int) -> dict[str, Any]:

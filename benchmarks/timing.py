@@ -1,4 +1,4 @@
-"""Functions timed in turn, so that a busy machine slows all of them."""
+"""Functions timed in turn, so that a busy machine slows all of them; beside them the operations of a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def in_turn(
@@ -42,3 +47,10 @@ def spread(values: np.ndarray) -> dict[str, float]:
 def versus(mine: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Return the spread of the ratios, call by call."""
     return spread(mine / other)
+
+
+def flops(model: nn.Module, x: Tensor) -> int:
+    """Return the operations of the products, two for a multiply-add; a tied layer's as it sums."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()

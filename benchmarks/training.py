@@ -1,13 +1,14 @@
-"""Training of image networks on the CPU: bfloat16 in autocast, channels last, one schedule; and runs kept as files."""
+"""Training of image networks on the CPU: bfloat16 in autocast, channels last, one schedule; runs kept and summed up."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,19 @@ def fit(
     return model.eval()
 
 
+def cropped_and_flipped(images: Tensor, margin: int, generator: torch.Generator) -> Tensor:
+    """Pad `(n, c, h, w)` by `margin` with zeros, then crop to the size they had and flip, each image at random."""
+    (n, _, height, width), device = images.shape, images.device
+    padded = functional.pad(images, (margin,) * 4)
+    down, right = torch.randint(2 * margin + 1, (2, n), generator=generator).to(device)
+    mirrored = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
+    across = torch.arange(width, device=device)
+    columns = right[:, None] + torch.where(mirrored, across.flip(0), across)
+    rows = down[:, None] + torch.arange(height, device=device)
+    each = torch.arange(n, device=device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split, prepare: Callable[[Tensor], Tensor]) -> float:
     """Return the percentage of images that the network names rightly, in evaluation mode and float32."""
@@ -111,3 +125,43 @@ def wait(futures: list[Future[Any]], what: str) -> list[Any]:
             future.cancel()
         raise
     return [future.result() for future in futures]
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]],
+    by: Sequence[str],
+    parameters: int,
+    more: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return one line for the runs that have the same values under `by`, in the order of the rows.
+
+    Args:
+        rows: Each with `seed`, `values`, `test`, `validation` and `file_bytes`.
+        by: What tells lines apart, and is in them.
+        parameters: Of the network that the values are held against.
+        more: What else is in a line, from its runs.
+    """
+    lines: list[dict[str, Any]] = []
+    for key in dict.fromkeys(tuple(row[name] for name in by) for row in rows):
+        mine = [row for row in rows if tuple(row[name] for name in by) == key]
+        line = {
+            "seeds": [row["seed"] for row in mine],
+            "ratio": parameters / statistics.mean(row["values"] for row in mine),
+            **tested([row["test"] for row in mine]),
+            "validation_mean": statistics.mean(row["validation"] for row in mine),
+            "file_bytes": [row["file_bytes"] for row in mine],
+        }
+        lines.append({**dict(zip(by, key, strict=True)), **line, **more(mine)})
+    return lines
+
+
+def tested(test: list[float]) -> dict[str, Any]:
+    """Return test accuracies by seed, their mean and their standard deviation: None of a single one."""
+    spread = statistics.stdev(test) if len(test) > 1 else None
+    return {"test": test, "test_mean": statistics.mean(test), "test_spread": spread}
+
+
+def said(line: Mapping[str, Any]) -> str:
+    """Return the test accuracy of a line in words."""
+    spread = "" if line["test_spread"] is None else f" ± {line['test_spread']:.2f}"
+    return f"test {line['test_mean']:.2f}{spread}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from benchmarks.training import cropped_and_flipped
 
 WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 POOLED = (1, 3, 6, 9, 12)
@@ -53,12 +54,4 @@ def standardised(images: Tensor) -> Tensor:
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pad to 36 × 36 with zeros, crop 32 × 32, flip, each image at random; then standardise."""
-    n, device = len(images), images.device
-    padded = functional.pad(images, (2, 2, 2, 2))
-    down, right = torch.randint(5, (2, n), generator=generator).to(device)
-    mirrored = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
-    across = torch.arange(32, device=device)
-    columns = right[:, None] + torch.where(mirrored, across.flip(0), across)
-    rows = down[:, None] + across
-    each = torch.arange(n, device=device)[:, None, None]
-    return standardised(padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
+    return standardised(cropped_and_flipped(images, 2, generator))

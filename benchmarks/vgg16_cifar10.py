@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import StepLR
 import tying
 from benchmarks.data import CACHE, cifar10
 from benchmarks.record import record
-from benchmarks.training import accuracy
+from benchmarks.training import Split, accuracy, tested
 from benchmarks.vgg16 import WEIGHTS, WIDTHS, Vgg16, augmented, layers, regularised, standardised
 from tying import GroupLasso, Groups, GrOWL, Tie, TiePlan
 from tying.penalties.sequences import Pld
@@ -62,8 +62,6 @@ PAPER = {
     "GrOWL + l2": (14.5, 92.7),
 }
 """Compression and test accuracy as commonly reported."""
-
-Split = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -313,9 +311,7 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"method": method, "runs": mine, "collapsed": len(mine) - len(whole)}
         line["paper"] = dict(zip(("compression", "test"), PAPER[method], strict=True))
         if whole:
-            test = [row["test"] for row in whole]
-            line["test_mean"] = statistics.mean(test)
-            line["test_spread"] = statistics.stdev(test) if len(test) > 1 else None
+            line |= tested([row["test"] for row in whole])
             line["compression"] = statistics.mean(row["papers_measures"]["compression"] for row in whole)
             line |= {key: statistics.mean(row[key] for row in whole) for key in ("unique", "stored", "file")}
         found.append(line)
