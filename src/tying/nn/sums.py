@@ -39,8 +39,8 @@ def sum_by_label(x: Tensor, dim: int, kept: Tensor, targets: Tensor, classes: in
                  [ 3.,  4.,  5.]]])
     """
     if _side_by_side(x, dim):
-        if x.dim() == 4 and dim == 1 and classes <= MOST_SUMS.get(x.dtype, 0):
-            return _product(x, kept, targets, classes)
+        if _few_in_images(x, dim, classes):
+            return functional.conv2d(x, _zeros_and_ones(x, targets, kept, classes, x.shape[1]))
         read = _gathered(x, dim, kept)
         sums = read.new_zeros((*read.shape[:-1], classes)).scatter_add(-1, targets.expand_as(read), read)
         return sums.movedim(-1, dim)
@@ -58,16 +58,38 @@ def select(x: Tensor, dim: int, kept: Tensor) -> Tensor:
     return x.index_select(dim, kept)
 
 
-def runs_at_once(x: Tensor) -> bool:
-    """Whether a plain tensor on a CPU is computed with here and now: nothing derives, compiles, traces or maps it."""
+def spread(sums: Tensor, dim: int, kept: Tensor, targets: Tensor, inputs: int) -> Tensor:
+    """Give every input its label's entry, zero where it is not read: `(…, K, …)` → `(…, G, …)`, undoing no sum.
+
+    The transpose of `sum_by_label`: its gradient, and what makes a small weight wide.
+
+    Example:
+        >>> spread(torch.tensor([[5.0, 7.0]]), 1, torch.tensor([0, 3, 1]), torch.tensor([0, 0, 1]), 4)
+        tensor([[5., 7., 0., 5.]])
+    """
+    if _side_by_side(sums, dim) and _few_in_images(sums, dim, sums.shape[dim]):
+        return functional.conv2d(sums, _zeros_and_ones(sums, kept, targets, inputs, sums.shape[1]))
+    if len(kept) == inputs:
+        return select(sums, dim, torch.empty_like(targets).index_copy(0, kept, targets))
+    read = select(sums, dim, targets)
+    shape = list(sums.shape)
+    shape[dim] = inputs
+    return read.new_zeros(shape).index_copy(dim, kept, read)
+
+
+def nothing_transforms() -> bool:
+    """Whether operations are computed here and now: nothing compiles, traces or maps them, or derives forwards."""
     return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+        forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     )
+
+
+def runs_at_once(x: Tensor) -> bool:
+    """Whether a tensor on a CPU is computed with here and now, and without gradients."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and nothing_transforms()
 
 
 def _side_by_side(x: Tensor, dim: int) -> bool:
@@ -82,10 +104,15 @@ def _side_by_side(x: Tensor, dim: int) -> bool:
     )
 
 
-def _product(x: Tensor, kept: Tensor, targets: Tensor, classes: int) -> Tensor:
-    ones = x.new_zeros((classes, x.shape[1], 1, 1))
-    ones[targets, kept] = 1
-    return functional.conv2d(x, ones)
+def _few_in_images(x: Tensor, dim: int, classes: int) -> bool:
+    return x.dim() == 4 and dim == 1 and classes <= MOST_SUMS.get(x.dtype, 0)
+
+
+def _zeros_and_ones(like: Tensor, rows: Tensor, columns: Tensor, outputs: int, inputs: int) -> Tensor:
+    """A 1 × 1 convolution's weight with these ones."""
+    ones = like.new_zeros((outputs, inputs, 1, 1))
+    ones[rows, columns] = 1
+    return ones
 
 
 def _gathered(x: Tensor, dim: int, kept: Tensor) -> Tensor:

@@ -7,21 +7,20 @@ summing does not pay, `way` makes a layer read its inputs as the dense one does;
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tying.errors import PlanError
 from tying.groups import Groups
 from tying.nn.parts import in_parts
-from tying.nn.sums import runs_at_once, select, sum_by_label
+from tying.nn.product import Convolve, Multiply, Product, Reading, Way, tied_product
+from tying.nn.sums import runs_at_once
 from tying.plan import Partition
 from tying.wiring.windows import Size, per_dimension
 
-Way: TypeAlias = Literal["sum", "select", "dense"]
 WAYS: tuple[Way, ...] = ("sum", "select", "dense")
 PlainConv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Conv = TypeVar("Conv", bound="_TiedConv")
@@ -92,20 +91,15 @@ class _TiedInputs(nn.Module):
             RuntimeError: If `x` has not G inputs along `dim`, as a plain layer does.
         """
         self._check_inputs(x, dim)
-        if self.classes == self._kept.shape[0]:
-            return x if self.classes == x.shape[dim] else select(x, dim, self._kept)
-        return sum_by_label(x, dim, self._kept, self._targets, self.classes)
+        return self._reading("sum", dim).sums(x, self.classes)
 
-    def _operands(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """What the product takes: the inputs as the way has it, and the weight with as many columns."""
-        if self.way == "sum" or torch.compiler.is_exporting():
-            return self.sum_inputs(x, dim), self.weight
+    def _product(self, x: Tensor, dim: int, product: Product) -> Tensor:
         self._check_inputs(x, dim)
-        columns = self.weight.index_select(1, self._targets)
-        if self.way == "select" and len(self._kept) < x.shape[dim]:
-            return select(x, dim, self._kept), columns
-        zeros = columns.new_zeros((columns.shape[0], x.shape[dim], *columns.shape[2:]))
-        return x, zeros.index_copy(1, self._kept, columns)
+        reading = self._reading("sum" if torch.compiler.is_exporting() else self.way, dim)
+        return tied_product(x, self.weight, self.bias, reading, product)
+
+    def _reading(self, way: Way, dim: int) -> Reading:
+        return Reading(way, dim, self._kept, self._targets)
 
     def _check_inputs(self, x: Tensor, dim: int) -> None:
         if x.shape[dim] != self.labels.shape[0]:
@@ -184,7 +178,7 @@ class TiedLinear(_TiedInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(*, G)` to `(*, out_features)`."""
-        return functional.linear(*self._operands(x, x.dim() - 1), self.bias)
+        return self._product(x, x.dim() - 1, Multiply())
 
     def extra_repr(self) -> str:
         """What `print` shows: sizes, how many inputs are read, and to how many values they are tied."""
@@ -276,9 +270,7 @@ class _TiedConv(_TiedInputs):
         return self._convolve(x)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        read, weight = self._operands(x, x.dim() - 1 - self.dimensions)
-        convolve = cast("Any", (functional.conv1d, functional.conv2d, functional.conv3d)[self.dimensions - 1])
-        return convolve(read, weight, self.bias, self.stride, self.padding, self.dilation)
+        return self._product(x, x.dim() - 1 - self.dimensions, Convolve(self.stride, self.padding, self.dilation))
 
     def extra_repr(self) -> str:
         """What `print` shows: sizes, how many channels are read, and to how many values they are tied."""
