@@ -73,8 +73,8 @@ bench-lenet: .venv/.dev ## An hour and a half on two cores; goes on where it was
 bench-resnet20: .venv/.dev ## Two hours on a core; goes on where it was after Ctrl-C
 	$(BIN)/python -m benchmarks.resnet20
 
-bench-vgg16: .venv/.dev ## For a GPU; --smoke runs a minute on a CPU
-	$(BIN)/python -m benchmarks.vgg16_cifar10
+bench-vgg16: .venv/.dev ## For a GPU; make bench-vgg16 ARGS=--smoke runs a minute on a CPU
+	$(BIN)/python -m benchmarks.vgg16_cifar10 $(ARGS)
 
 bench-sharing: .venv/.dev ## A quarter of an hour; goes on where it was after Ctrl-C
 	$(BIN)/python -m benchmarks.sharing

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import spread
 from tying.channels.find import find_channels
 from tying.find.match import match
@@ -253,7 +253,7 @@ def main() -> None:
         cosines = [np.mean(list(each[way]["cosine"].values())) for each in barriers]
         print(f"the average, {way}: {np.mean(values):.2f} ± {np.std(values):.2f} %, cosine {np.mean(cosines):.3f}")
     results = {"recovery": rows, "digits": {"epochs": arguments.epochs, "pairs": barriers}}
-    record(arguments.out, "python -m benchmarks.align", results)
+    record(arguments.out, command_of("align", arguments), results)
 
 
 if __name__ == "__main__":

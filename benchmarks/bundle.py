@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import mlp, resnet20_bare_shortcuts, transformer
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from tying.enforce import tie_
 from tying.find.match import match
 from tying.store import load, save
@@ -85,7 +85,7 @@ def main() -> None:
             sizes = found[what]
             assert isinstance(sizes, dict)
             print(f"{name:<22} {what:<13} {sizes['bundle']:>12,} ÷ {sizes['apart']:>12,} = {sizes['ratio']:.4f}")
-    record(arguments.out, "make bench-bundle", {"classes": CLASSES, "networks": results})
+    record(arguments.out, command_of("bundle", arguments), {"classes": CLASSES, "networks": results})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import spread, versus
 from tying.enforce import compact
 from tying.groups import Groups
@@ -69,7 +69,7 @@ def main() -> None:
             results["timings"].append(timing)
             low, middle, high = timing["faster"].values()
             print(f"batch {batch}: {middle:.1f}× faster (quartiles {low:.1f} to {high:.1f})")
-    record(arguments.out, "make bench-compact", results)
+    record(arguments.out, command_of("compact_speed", arguments), results)
 
 
 if __name__ == "__main__":

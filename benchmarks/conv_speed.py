@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import LAYOUTS, flops, in_turn, spread, versus
 from tying.enforce import compact
 from tying.enforce.compaction.fastest import choose_fastest_
@@ -88,7 +88,7 @@ def main() -> None:
             )
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results" / "conv_speed.json")
     if out:
-        record(out, "python -m benchmarks.conv_speed", {"layer": describe(), **results})
+        record(out, command_of("conv_speed", arguments), {"layer": describe(), **results})
 
 
 def describe() -> dict[str, int]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import hybrid_digits, hybrid_points
 from benchmarks.hybrid_digits import Score, label
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0)
 ELONGATIONS = (1.0, 1.5, 1.75, 2.0, 3.0)
@@ -257,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(stderr=True, highlight=False)
     results: dict[str, Any] = {"points": [], "digits": []}
-    command = f"make bench-hybrid (--points {options.points} --digits {options.digits})"
+    command = command_of("hybrid", options)
     panels: dict[str, Any] = {}
     levels: dict[str, dict[str, list[float]]] = {}
     columns = (

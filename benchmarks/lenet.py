@@ -26,7 +26,7 @@ from torch.optim import SGD, AdamW
 import tying
 from benchmarks.data import CACHE, Images, load
 from benchmarks.networks import LeNet5
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.training import BATCH, accuracy, fingerprint, fit, kept, said, summarise, trained_once, wait
 from tying import GroupLasso, Groups, GrOWL, TiePlan
 
@@ -204,7 +204,7 @@ def main() -> None:
     validated = [{k: p[k] for k in ("dataset", "method", "size", "choice", "validation")} for p in pilots]
     lines = summarise(rows, ("dataset", "method", "size"), PARAMETERS, beside)
     results = {"parameters": PARAMETERS, "settings": SETTINGS, "pilots": validated, "lines": lines}
-    record(options.out, f"make bench-lenet (python -m benchmarks.lenet --seeds {options.seeds})", results)
+    record(options.out, command_of("lenet", options), results)
     for line in lines:
         print(
             f"{line['dataset']:<14} {line['method']:<24} {line['ratio']:6.1f}×  {said(line)}"

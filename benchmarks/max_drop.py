@@ -17,7 +17,7 @@ import torch
 
 import tying
 from benchmarks.data import CACHE
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from tying.compress import load_task
 
 MAX_DROP = 0.003
@@ -77,7 +77,7 @@ def main() -> None:
             "file_mean": statistics.mean(row["file"] for row in mine),
         }
         print(f"{task}: " + ", ".join(f"{key} {value:.3g}" for key, value in means[task].items() if value is not None))
-    record(options.out, f"make bench-max-drop (--seeds {options.seeds})", {"means": means, "runs": rows})
+    record(options.out, command_of("max_drop", options), {"means": means, "runs": rows})
 
 
 if __name__ == "__main__":

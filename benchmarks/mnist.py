@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import tying
 from benchmarks.data import CACHE, Images, load
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.training import said, tested, wait
 from tying import GroupLasso, Groups, GrOWL, Lasso, TiePlan
 from tying.measure import sharing
@@ -349,10 +349,8 @@ def main() -> None:
         )
     lines = summarise(rows, options.runs)
     settings = {"epochs": [EPOCHS_ONE, EPOCHS_TWO], "batch": BATCH, "split": [55_000, 5_000, 10_000]}
-    command = f"make bench-mnist (python -m benchmarks.mnist --seeds {options.seeds})"
-    record(
-        options.out, command, {"parameters": PARAMETERS, "settings": settings, "strengths": STRENGTHS, "lines": lines}
-    )
+    results = {"parameters": PARAMETERS, "settings": settings, "strengths": STRENGTHS, "lines": lines}
+    record(options.out, command_of("mnist", options), results)
     for line in lines:
         print(
             f"{line['method']:<24} {line['size']:>5g}×  {line['ratio']:6.1f}×  {said(line)}"

@@ -200,7 +200,7 @@ def main() -> None:
         results["training"] = [training(name) for name in track(TRAINED, description="training steps")]
     if "vector" in wanted:
         results["vector"] = [vector_prox.measure(step=each, seconds=12) for each in STEPS_OF_VECTORS]
-    record(options.out, "make bench-prox", results)
+    record(options.out, "python -m benchmarks.prox", results)
     show(results)
 
 

@@ -26,7 +26,7 @@ from torch.optim import SGD
 import tying
 from benchmarks.data import CACHE, Images, cifar10
 from benchmarks.networks import ResNet20
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.training import (
     BATCH,
     accuracy,
@@ -211,7 +211,7 @@ def main() -> None:
         "pilots": [{k: p[k] for k in ("method", "rate", "validation")} for p in pilots],
         "lines": lines,
     }
-    record(options.out, f"make bench-resnet20 (python -m benchmarks.resnet20 --seeds {options.seeds})", results)
+    record(options.out, command_of("resnet20", options), results)
     for line in lines:
         print(f"{line['method']:<28} {line['ratio']:4.1f}×  {said(line)}  {line['below_dense']:+.2f} below dense")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.channels.fixtures import ARCHITECTURES
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import LAYOUTS, flops, in_turn, spread, versus
 from tying.enforce import compact
 from tying.enforce.compaction.fastest import choose_fastest_
@@ -139,7 +139,7 @@ def main() -> None:
             results[f"layers {layout}"] = each_layer(*pair, given, max(3, rounds))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results" / "resnet50_speed.json")
     if out:
-        record(out, "python -m benchmarks.resnet50_speed", results)
+        record(out, command_of("resnet50_speed", arguments), results)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import selection_data as data
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.selection_data import Data
 from benchmarks.selection_figures import equal_norms, equality, refit, relative_error, stability, ties
 from benchmarks.selection_solver import Penalised, Problems, Solution, largest_strength, solve
@@ -324,9 +324,8 @@ def main() -> None:
                 console.print(f"done: {words}")
     summary = summarise(lines)
     show(summary, Console(file=sys.stdout, width=250, highlight=False))
-    chosen = f"--seeds {options.seeds} --resamples {options.resamples} --copies {options.copies}"
     counts = {"seeds": options.seeds, "resamples": options.resamples, "seeds_near_copies": options.copies}
-    record(options.out, f"make bench-selection ({chosen})", {**counts, "responses": RESPONSES, "lines": summary})
+    record(options.out, command_of("selection", options), {**counts, "responses": RESPONSES, "lines": summary})
 
 
 if __name__ == "__main__":

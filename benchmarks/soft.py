@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import in_turn, spread, versus
 from tying.enforce.ties.tie import tie_
 from tying.enforce.ties.unique import unique_parameters
@@ -241,8 +241,7 @@ def main() -> None:
         "limit": limit(options.seeds, options.epochs),
         "overhead": [overhead(64, 64, options.rounds), overhead(512, 128, options.rounds)],
     }
-    settings = f"--seeds {options.seeds} --epochs {options.epochs} --rounds {options.rounds}"
-    record(options.out, f"python -m benchmarks.soft {settings}", results)
+    record(options.out, command_of("soft", options), results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 import tying
 from benchmarks.mnist import Network, data, rules, train
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from tying import Groups
 
 RATE = 0.1
@@ -55,7 +55,7 @@ def main() -> None:
             for name, r in ratios.items()
         },
     }
-    record(options.out, f"make bench-stage-one (--rounds {options.rounds})", results)
+    record(options.out, command_of("stage_one_cost", options), results)
     for name, ratio in results["ratio"].items():
         print(f"prox {name}: {ratio['median']:.3f} × an epoch without, quartiles {ratio['quartiles']}")
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import tying
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.timing import spread, versus
 from tying.penalties import Ramp
 
@@ -216,11 +216,7 @@ def main() -> None:
         ratios = {name: round(taken["median"], 2) for name, taken in found["ratio"].items()}
         print(f"n = {n}: {ratios} × {found['fastest_peer']}; {times}; errors {found['error']}")
     if options.out:
-        record(
-            options.out,
-            f"python -m benchmarks.vector_prox --step {options.step:g} --seconds {options.seconds:g}",
-            results,
-        )
+        record(options.out, command_of("vector_prox", options), results)
 
 
 if __name__ == "__main__":

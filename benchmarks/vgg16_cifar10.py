@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import tying
 from benchmarks.data import CACHE, cifar10
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.training import Split, accuracy, tested
 from benchmarks.vgg16 import WEIGHTS, WIDTHS, Vgg16, augmented, layers, regularised, standardised
 from tying import GroupLasso, Groups, GrOWL, Tie, TiePlan
@@ -332,7 +332,7 @@ def said(line: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--method", choices=METHODS, action="append", help="these lines only")
+    parser.add_argument("--method", choices=METHODS, nargs="+", help="these lines only")
     parser.add_argument("--smoke", action="store_true", help="few images, 1 + 1 epochs, one line")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/vgg16_cifar10.json; none for --smoke")
     parser.add_argument("--runs", type=Path, help="checkpoints, to go on from; default: .data/vgg16-runs")
@@ -352,7 +352,7 @@ def main() -> None:
     if out is not None:
         settings = {**asdict(setting), "strengths": STRENGTHS, "ramp": RAMP, "preference": PREFERENCE}
         results = {"settings": settings, "smoke": options.smoke, "weights": WEIGHTS, "lines": lines(rows)}
-        record(out, f"python -m benchmarks.vgg16_cifar10 --seeds {options.seeds}", results)
+        record(out, command_of("vgg16_cifar10", options), results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import record
+from benchmarks.record import command_of, record
 from benchmarks.ties import cost as guard_cost
 from benchmarks.ties import gradients as tie_gradients
 from benchmarks.ties import processes
@@ -116,7 +116,7 @@ def main() -> None:
         "largest_gradient_difference": max(d for ways in found.values() for g in ways.values() for d in g.values()),
         "guard_cost": cost,
     }
-    record(Path(options.out), "make bench-ties", results)
+    record(Path(options.out), command_of("ties", options), results)
     print(results["counts"])
     print("gradients differ by at most", results["largest_gradient_difference"])
     for name, entry in cost.items():
