@@ -17,7 +17,10 @@ from tying.explain.planes import CONVOLUTIONS, TRANSPOSED
 
 @dataclass(frozen=True)
 class Watched:
-    """One call of a module that takes a tensor, by position or by name, and gives one."""
+    """One call of a module that takes a tensor, by position or by name, and gives one.
+
+    Both are copies: what works in place may write to them later.
+    """
 
     given: Tensor
     made: Tensor
@@ -36,29 +39,45 @@ class Observed:
 @contextmanager
 def watching(model: nn.Module, see: Callable[[str, nn.Module, Watched], None]) -> Generator[None]:
     """Call `see(name, module, call)` for every call of a module that takes a tensor first and gives one."""
+    open_calls: list[tuple[nn.Module, Tensor | None]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = args[0] if args else named.get(_first(named) or "")
+        open_calls.append((module, given.clone() if isinstance(given, Tensor) else None))
+
+    def given_to(module: nn.Module) -> Tensor | None:
+        while open_calls:  # calls that failed, and whose errors the model caught, are passed over
+            called, given = open_calls.pop()
+            if called is module:
+                return given
+        return None
 
     def hook(name: str) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], made: Any) -> None:
-            first = next((key for key in named if isinstance(named[key], Tensor)), None) if not args else None
-            given = args[0] if args else named.get(first or "")
-            if not isinstance(given, Tensor) or not isinstance(made, Tensor):
+            given, first = given_to(module), None if args else _first(named)
+            if given is None or not isinstance(made, Tensor):
                 return
 
             def again(x: Tensor) -> Any:
                 return module(x, *args[1:], **named) if first is None else module(**{**named, first: x})
 
-            see(name, module, Watched(given, made, again))
+            see(name, module, Watched(given, made.clone(), again))
 
         return seen
 
     handles: list[RemovableHandle] = []
     try:
         for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first(named: dict[str, Any]) -> str | None:
+    return next((key for key in named if isinstance(named[key], Tensor)), None)
 
 
 def check_finite(name: str, made: Any, where: str) -> None:
@@ -93,5 +112,10 @@ def observe(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Obse
         calls.setdefault(name, []).append(Observed(tuple(given.shape[1:]), tuple(made.shape[1:])))
 
     with torch.no_grad(), watching(model, see):
-        model(*inputs)
+        model(*copies(inputs))
     return calls
+
+
+def copies(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return inputs for one forward pass, which may write to them."""
+    return tuple(x.clone() for x in inputs)

@@ -11,7 +11,7 @@ from math import ceil, floor
 import torch
 from torch import Tensor, fx, nn
 
-from tying.explain.calls import Watched, check_finite, watching
+from tying.explain.calls import Watched, check_finite, copies, watching
 from tying.explain.marks.dependence import Dependence
 from tying.explain.marks.marks import zeros
 from tying.explain.planes import crossed, is_pool, is_spatial, places
@@ -153,7 +153,7 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Watched]
             seen.setdefault(name, call)
 
     with torch.no_grad(), watching(model, see):
-        model(*inputs)
+        model(*copies(inputs))
     return seen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from tying.errors import TyingError
 from tying.evaluation import evaluating
-from tying.explain.calls import Observed, check_finite, observe
+from tying.explain.calls import check_finite, observe
 from tying.explain.equivariance import Equivariance, measure_equivariance
 from tying.explain.fields import Fields, find_fields, input_places, source_shape
 from tying.explain.layers import find_layers
-from tying.explain.marks.dependence import find_dependence, first_sample
+from tying.explain.marks.dependence import find_dependence
 from tying.explain.result import Explanation
+from tying.explain.sample import first_sample, taking
 
 
 def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, shifts: int = 4) -> Explanation:
@@ -38,17 +39,18 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
     layer's output is compared with its shifted output, in the interior and where units see padding.
 
     Args:
-        model: The network; a copy of it is used, in evaluation mode.
-        example_inputs: As `model(*example_inputs)` takes them, the batch first; the first sample is used.
+        model: The network; a copy of it is used, in evaluation mode and without hooks of your own.
+        example_inputs: As `model(*example_inputs)` takes them, the batch first; a copy of the first sample is used.
+            Other inputs that are no batch, a mask for all samples, say, stay whole.
         shifts: The farthest shift; 0 measures none.
 
     Returns:
         The figures: `print` them, `.to_json()` them, `.draw(path)` the picture.
 
     Raises:
-        TyingError: If the model does not take the inputs, is not initialised or can't be copied, or something is not
-            finite. A forward that `torch.export` can't follow is no error: the
-            layers' costs are there, and `untraced` says why the rest is not.
+        TyingError: If the model does not take the inputs, is not initialised or can't be copied, the first sample
+            can't be taken out of the batch, or something is not finite. A forward that `torch.export` can't follow is
+            no error: the layers' costs are there, and `untraced` says why the rest is not.
 
     Example:
         The edge kernel of two pixels on an image of 320 × 280:
@@ -61,9 +63,14 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
         (267960, 16006054680)
     """
     inputs = _checked(model, example_inputs, shifts)
-    model = _copied(model)
-    with evaluating(model), torch.random.fork_rng(devices=_gpus(model, inputs)):
-        layers, uncounted = find_layers(model, _observe(model, inputs))
+    with torch.inference_mode(False):  # which keeps no gradients, and they say who sees whom
+        return _explained(_copied(model), inputs, shifts)
+
+
+def _explained(model: nn.Module, batch: tuple[Tensor, ...], shifts: int) -> Explanation:
+    with evaluating(model), torch.random.fork_rng(devices=_gpus(model, batch)):
+        inputs = first_sample(model, batch)
+        layers, uncounted = find_layers(model, taking(inputs, lambda: observe(model, inputs)))
         fields: Fields | None = None
         equivariance: tuple[Equivariance, ...] = ()
         untraced, image = None, None
@@ -96,48 +103,65 @@ def _checked(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], shif
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise TyingError(f"{name}: expected values, got none yet in a lazy layer; call the model once before")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs) or not inputs[0].ndim:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TyingError(
-            "example_inputs: expected a tensor or a tuple of tensors, the batch first, got "
-            f"{type(example_inputs).__name__}; pass a batch as the model takes it"
-        )
-    if not len(inputs[0]):
-        raise TyingError("example_inputs: expected at least one sample, got an empty batch; pass one that is not")
-    for x in inputs:
-        check_finite("example_inputs", x, "in them; pass others")
+        if tensor.is_meta:
+            raise TyingError(
+                f"{name}: expected values, got none on the meta device; call to_empty(device='cpu') and load weights"
+            )
+    inputs = _checked_inputs(example_inputs)
     if isinstance(shifts, bool) or not isinstance(shifts, Integral) or shifts < 0:  # pyright: ignore
         raise TyingError(f"shifts: expected an integer ≥ 0, got {shifts!r}; 0 measures no shift")
-    return tuple(first_sample(x) for x in inputs)
+    return inputs
+
+
+def _checked_inputs(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    inputs = given if isinstance(given, tuple) else (given,)
+    wrong = next((i for i, x in enumerate(inputs) if not isinstance(x, Tensor)), None)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not inputs or (wrong is not None and not isinstance(given, tuple)):
+        raise TyingError(
+            "example_inputs: expected a tensor or a tuple of tensors, the batch first, got "
+            f"{type(given).__name__ if inputs else 'an empty tuple'}; pass a batch as the model takes it"
+        )
+    if wrong is not None:
+        raise TyingError(
+            f"example_inputs[{wrong}]: expected a tensor, got {inputs[wrong]!r:.60}; leave out what has a default, or "
+            "wrap the model in one that gives it"
+        )
+    if not inputs[0].ndim or not len(inputs[0]):
+        got = "an empty batch" if inputs[0].ndim else "a number without dimensions"
+        raise TyingError(f"example_inputs: expected at least one sample, the batch first, got {got}; pass a batch")
+    for x in inputs:
+        if x.is_meta:
+            raise TyingError("example_inputs: expected values, got none on the meta device; pass a tensor with values")
+        check_finite("example_inputs", x, "in them; pass others")
+    return inputs
 
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy to run: a forward may write to buffers, count its calls, keep what it saw."""
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise TyingError(
             f"{type(model).__name__}: expected a model that copy.deepcopy can copy, got {type(error).__name__}: "
             f"{error}; keep tensors that are computed, and handles, out of its attributes"
         ) from error
+    for module in copied.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: dict[int, Any] = getattr(module, name)
+            for handle in [key for key, hook in hooks.items() if not _computes(hook)]:
+                del hooks[handle]
+    return copied
+
+
+def _computes(hook: object) -> bool:
+    """Whether a hook is part of the network: a guard of ties, or what computes a weight in torch."""
+    return any(kind.__module__.startswith(("tying.", "torch.nn.utils.")) for kind in type(hook).__mro__)
 
 
 def _gpus(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[int]:
     """The CUDA devices whose random numbers a forward may draw."""
     tensors = [*model.parameters(), *model.buffers(), *inputs]
     return sorted({x.device.index or 0 for x in tensors if x.device.type == "cuda"})
-
-
-def _observe(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Observed]]:
-    try:
-        return observe(model, inputs)
-    except TyingError:
-        raise
-    except Exception as error:
-        raise TyingError(
-            f"example_inputs: expected inputs that the model takes, got {type(error).__name__}: {error} for shapes "
-            f"{[tuple(x.shape) for x in inputs]}; pass a batch as the model takes it"
-        ) from error
 
 
 def _noise_like(x: Tensor) -> Tensor:

@@ -127,11 +127,11 @@ class Dependence:
 
 
 def find_dependence(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Dependence:
-    """Trace a model once, on the first sample, and find the rule of every operation.
+    """Trace a model once, on one sample, and find the rule of every operation.
 
     Args:
         model: In evaluation mode while it is traced, then as it was.
-        example_inputs: As `model(*example_inputs)` takes them, the batch first.
+        example_inputs: As `model(*example_inputs)` takes them, a batch of one sample.
 
     Raises:
         TyingError: If `torch.export` can't follow the forward.
@@ -143,7 +143,7 @@ def find_dependence(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...
         [[[0.0, 1.0, 1.0, 1.0, 0.0, 0.0]]]
     """
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = tuple(first_sample(x) for x in given)
+    inputs = tuple(x.detach().clone() for x in given)
     try:
         graph = export(model, inputs)
     except CompactError as error:
@@ -153,11 +153,6 @@ def find_dependence(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...
         ) from error
     with evaluating(model):
         return _trace(graph, tree_leaves(inputs))
-
-
-def first_sample(inputs: Tensor) -> Tensor:
-    """Return the first sample of a batch, as a batch."""
-    return inputs[:1].detach() if inputs.ndim else inputs.detach()
 
 
 def _trace(graph: Graph, inputs: Sequence[Any]) -> Dependence:
