@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from tying.channels.find import find_channels
 from tying.channels.joined import joined_groups
 from tying.enforce import compact, plan_compaction
-from tying.errors import CompactError
+from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 
@@ -90,3 +93,124 @@ class Scaled(Net):
 
 def test_a_number_that_depends_on_the_data_is_no_size():
     assert compact(Scaled(), PRUNED, torch.randn(8, 4)).head.in_features in (2, 3)
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(model)
+
+
+def half_on_meta() -> nn.Module:
+    model = Net()
+    model.head.to("meta")
+    return model
+
+
+def with_a_script_inside() -> nn.Module:
+    model = Net()
+    model.head = scripted(nn.Linear(3, 2))
+    return model
+
+
+UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "on the meta device": (lambda: Net().to("meta"), r"^body\.weight: .*meta device; .*to_empty"),
+    "half on the meta device": (half_on_meta, r"^head\.weight: .*meta device"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"^0\.weight: .*uninitialised one; run the model once"),
+    "lazy statistics": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False)),
+        r"^1\.running_mean: .*uninitialised one; run the model once",
+    ),
+    "scripted": (lambda: scripted(nn.Sequential(nn.Linear(4, 3))), r"^model: .*torch\.jit; compact the model"),
+    "a script inside": (with_a_script_inside, r"^head: .*torch\.jit; compact the model"),
+    "no module": (lambda: torch.relu, r"^model: expected a torch\.nn\.Module, got builtin"),
+}
+
+
+@pytest.mark.parametrize("call", [compact, plan_compaction])
+@pytest.mark.parametrize(("make", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_model_without_values_or_python_is_refused_by_name(make, message, call):
+    with pytest.raises(CompactError, match=message):
+        call(make(), TiePlan(), torch.randn(2, 4))
+
+
+ARGUMENTS = {
+    "tolerance in words": ({"tolerance": "x"}, CompactError, r"^tolerance: expected a finite number ≥ 0, got 'x'; "),
+    "no tolerance": ({"tolerance": None}, CompactError, r"^tolerance: .*got None; "),
+    "a list": ({"plan": []}, PlanError, r"^plan: expected a TiePlan, got list; "),
+    "no plan": ({"plan": None}, PlanError, r"^plan: expected a TiePlan, got NoneType; "),
+    "a name": ({"plan": "x"}, PlanError, r"^plan: expected a TiePlan, got str; "),
+    "no inputs": ({"example_inputs": ()}, CompactError, r"^example_inputs: "),
+}
+
+
+@pytest.mark.parametrize("call", [compact, plan_compaction])
+@pytest.mark.parametrize(("given", "kind", "message"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_an_argument_of_another_kind_is_refused_by_name(given, kind, message, call):
+    with pytest.raises(kind, match=message):
+        call(Net(), **{"plan": PRUNED, "example_inputs": torch.randn(2, 4), **given})
+
+
+def test_any_number_is_a_tolerance():
+    assert compact(Net(), PRUNED, torch.randn(2, 4), tolerance=np.float32(1e-6)).body.out_features == 2
+
+
+class Casting(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x.float()))
+
+
+class Listed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(2, 2)]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[0](super().forward(x))
+
+
+@dataclass
+class Output:
+    y: Tensor
+
+
+class Dataclass(Net):
+    def forward(self, x: Tensor) -> Any:
+        return Output(super().forward(x))
+
+
+class Nothing(Net):
+    def forward(self, x: Tensor) -> Any:
+        super().forward(x)
+
+
+class Keyword(Net):
+    def forward(self, x: Tensor, *, scale: float) -> Any:
+        return super().forward(x) * scale
+
+
+class Two(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return super().forward(x) * y
+
+
+NOT_RUNNING = {
+    "a cast": (Casting, 4, r"^body: .*in float64, though it runs as it is; .*no x\.float\(\)"),
+    "layers in a list": (Listed, 4, r"^model: .*in float64, though it runs as it is; .*nn\.ModuleList"),
+    "a cast of other inputs": (Casting, 3, r"^body: .*shapes.*; pass example_inputs as the model takes them$"),
+    "other inputs": (Net, 3, r"^body: .*shapes.*; pass example_inputs as the model takes them$"),
+    "one input of two": (Two, 4, r"'y'; pass example_inputs as the model takes them$"),
+    "a keyword": (Keyword, 4, r"'scale'; .*wrap the model in a module whose forward passes scale$"),
+    "an output of another kind": (Dataclass, 4, r"an output of Output.*; return tensors, in tuples or dictionaries$"),
+    "no output": (Nothing, 4, r"an output of NoneType.*; return tensors, in tuples or dictionaries$"),
+}
+
+
+@pytest.mark.parametrize(("make", "features", "message"), NOT_RUNNING.values(), ids=NOT_RUNNING)
+def test_what_does_not_run_is_told_from_what_is_not_given(make, features, message):
+    model = make()
+    before, training = snapshot(model), model.training
+    with pytest.raises(CompactError, match=message):
+        compact(model, PRUNED, torch.randn(2, features))
+    assert (snapshot(model), model.training) == (before, training)
+    assert not model._forward_hooks

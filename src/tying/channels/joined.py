@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tying.channels.find import Channel, channels_of
 from tying.channels.graph import Graph, export
+from tying.channels.memory import overlapping
 from tying.errors import PlanError
 from tying.groups import Joined, Part
 
@@ -131,7 +132,7 @@ def _readable(graph: Graph) -> tuple[list[Channel], list[tuple[Channel, str]]]:
     """Return the channels whose readers are groups side by side, and the others with the reason."""
     sound: list[Channel] = []
     lost: list[tuple[Channel, str]] = []
-    shared = _sharing_memory(graph.tensors)
+    shared = overlapping(graph.tensors)
     for channel in channels_of(graph):
         reason = channel.lost or _overlap(channel, shared)
         if reason:
@@ -150,25 +151,6 @@ def _overlap(channel: Channel, shared: Mapping[str, str]) -> str | None:
         if part.parameter in shared:
             return f"{part.parameter!r} shares its memory with {shared[part.parameter]!r} without being the same tensor"
     return None
-
-
-def _sharing_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the tensors that overlap in memory with another, and which."""
-    spans: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() and tensor.device.type != "meta":
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = int(tensor.storage_offset()) * tensor.element_size()
-            end = start + int(reach + 1) * tensor.element_size()
-            storage = str(tensor.device), tensor.untyped_storage().data_ptr()
-            spans.setdefault(storage, []).append((start, end, name))
-    found: dict[str, str] = {}
-    for together in spans.values():
-        for (one_start, one_end, one), (start, end, other) in itertools.combinations(together, 2):
-            if start < one_end and one_start < end:
-                found.setdefault(one, other)
-                found.setdefault(other, one)
-    return found
 
 
 def _join(graph: Graph, channels: Iterable[Channel]) -> list[Joined]:

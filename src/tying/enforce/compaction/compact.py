@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tying.channels.constants import constants_of
 from tying.channels.find import channels_of
@@ -20,13 +16,21 @@ from tying.enforce.compaction.adapt import Attributes, set_attributes_
 from tying.enforce.compaction.bare import bare_norms, fit_bare_norms_
 from tying.enforce.compaction.collecting import garbage_put_off
 from tying.enforce.compaction.compare import Inputs, Reference, check_equal, same_random_numbers
-from tying.enforce.compaction.convolutions import Convolutions, Geometry, convolutions_in, place_convolutions
+from tying.enforce.compaction.convolutions import Geometry, place_convolutions
 from tying.enforce.compaction.dense import tied_layers, written_out
 from tying.enforce.compaction.fastest import choose_fastest_
 from tying.enforce.compaction.reduction import Compaction, reduce
+from tying.enforce.compaction.refusals import (
+    check_by_itself,
+    check_compactable,
+    check_model,
+    check_plan,
+    checked_inputs,
+    checked_tolerance,
+    why_not_run,
+)
 from tying.enforce.compaction.surgery import place_tied_, replace_, set_ways_, ways_of
 from tying.enforce.compaction.trial import tried
-from tying.enforce.ties.guard import bonds_of
 from tying.errors import CompactError
 from tying.plan import Member, Tie, TiePlan
 
@@ -77,7 +81,7 @@ def compact(
           (2): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    inputs, tolerance = _inputs(example_inputs), _checked(tolerance)
+    inputs, tolerance = _checked(model, plan, example_inputs, tolerance)
     with garbage_put_off(), same_random_numbers(model):
         ways = ways_of(model)
         model, plan = _written_out(model, plan)
@@ -115,8 +119,18 @@ def plan_compaction(model: nn.Module, plan: TiePlan, example_inputs: Inputs, *, 
         Compaction: 0 channels removed, 0 of them folded into biases
           0.weight[axis 0: 1] stays: its constant 0.5 is read with zero padding by 2.weight
     """
+    inputs, tolerance = _checked(model, plan, example_inputs, tolerance)
     with garbage_put_off(), same_random_numbers(model):
-        return _plan(*_written_out(model, plan), _inputs(example_inputs), _checked(tolerance)).compaction
+        return _plan(*_written_out(model, plan), inputs, tolerance).compaction
+
+
+def _checked(
+    model: nn.Module, plan: TiePlan, example_inputs: Inputs, tolerance: float
+) -> tuple[tuple[Tensor, ...], float]:
+    """The last two arguments, once all four are of the kind that is expected."""
+    check_model(model)
+    check_plan(plan)
+    return checked_inputs(example_inputs), checked_tolerance(tolerance)
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,7 @@ class _Planned:
 def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance: float) -> _Planned:
     """Find out what goes. Convolutions are placed before channels are looked for: theirs can go too."""
     plan = _by_first_names(plan, model)
-    found = _check_compactable(model, plan)
+    found = check_compactable(model, plan)
     projected = _copied(model).double().eval()
     parameters = dict(projected.named_parameters())
     with torch.no_grad():
@@ -144,7 +158,7 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance
     try:
         reference = Reference(projected, inputs)  # what fails here would fail below, with less to say
     except CompactError as error:
-        raise CompactError(f"{error}; pass example_inputs as the model takes them") from error
+        raise why_not_run(_copied(model), inputs, error) from error
     network = place_convolutions(_copied(projected), found.layers) if found.layers else projected
     graph = export(network, reference.inputs)
     channels, constants = channels_of(graph), constants_of(graph, reference.inputs)
@@ -178,7 +192,7 @@ def _written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
     Raises:
         CompactError: If the model is tied with another: a copy would not be.
     """
-    _check_by_itself(model)
+    check_by_itself(model)
     return written_out(_copied(model), plan) if tied_layers(model) else (model, plan)
 
 
@@ -209,100 +223,3 @@ def _build(network: nn.Module, layers: Mapping[str, Geometry], compaction: Compa
     set_attributes_(network, compaction.attributes)
     place_tied_(network, compaction.labels)
     return network
-
-
-def _check_compactable(model: nn.Module, plan: TiePlan) -> Convolutions:
-    """Raise unless `compact` knows what to do with the plan and the model; return what becomes a convolution.
-
-    Raises:
-        CompactError: Names the tie or the parameter, and points to `tie_`.
-        PlanError: If the plan does not fit the model.
-    """
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise CompactError(
-                f"{name or 'model'}: expected plain parameters, got a parametrization of "
-                f"{', '.join(cast('nn.ModuleDict', module.parametrizations))}; call untie_ first, or "
-                "torch.nn.utils.parametrize.remove_parametrizations"
-            )
-    parameters = dict(model.named_parameters())
-    plan.check_fits(parameters)
-    found = convolutions_in(model, plan)
-    for tie in found.others:
-        if reason := _not_compactable(model, tie):
-            raise CompactError(f"{tie}: expected {reason}; enforce it with tie_ instead")
-    for name, parameter in parameters.items():
-        if not bool(parameter.isfinite().all()):
-            raise CompactError(f"{name}: expected finite weights, got NaN or infinite ones; train the model again")
-    _check_memory(parameters)
-    return found
-
-
-def _check_by_itself(model: nn.Module) -> None:
-    for bonds in bonds_of(model):
-        for bond in bonds.bonds:
-            ends = {place.prefix: place.name for place in bonds.present(bond)}
-            if len(ends) > 1:
-                raise CompactError(
-                    f"{' ~ '.join(ends.values())}: expected a model by itself, got one that is tied with another; "
-                    "compact a copy that you have untied: copy.deepcopy, then untie_"
-                )
-
-
-def _not_compactable(model: nn.Module, tie: Tie) -> str | None:
-    """What a tie should have been, and what it is; None if it compacts."""
-    member, *others = tie.members
-    if others:
-        return f"one member, got {len(tie.members)}"
-    path, _, leaf = member.parameter.rpartition(".")
-    module = model.get_submodule(path)
-    if member.groups.kind == "outputs":
-        shared = tie.partition.classes + tie.partition.pruned < len(tie.partition)
-        return "outputs that are pruned or alone, got some that are tied with each other" if shared else None
-    if member.groups.kind != "inputs":
-        return f"groups of inputs or outputs, got {member.groups}"
-    if leaf != "weight" or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return f"inputs of the weight of a linear or convolution layer, got {leaf!r} of {type(module).__name__}"
-    return None
-
-
-def _check_memory(parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse parameters that share memory without being the same object: a copy would untie them in silence.
-
-    Raises:
-        CompactError: Names both.
-    """
-    spans: dict[int, list[tuple[int, int, str]]] = {}
-    for name, parameter in parameters.items():
-        if parameter.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-            start = parameter.data_ptr()
-            end = start + (reach + 1) * parameter.element_size()
-            spans.setdefault(parameter.untyped_storage().data_ptr(), []).append((start, end, name))
-    for together in spans.values():
-        together.sort()
-        for (_, end, one), (start, _, other) in itertools.pairwise(together):
-            if start < end:
-                raise CompactError(
-                    f"{other}: expected parameters with memory of their own, got one that shares it with {one} (a view "
-                    "of it?); share the parameter itself (a.weight = b.weight), or give each its own"
-                )
-
-
-def _checked(tolerance: float) -> float:
-    if not 0 <= tolerance < math.inf:
-        raise CompactError(f"tolerance: expected a finite number ≥ 0, got {tolerance}; 1e-9 leaves room for rounding")
-    return tolerance
-
-
-def _inputs(example_inputs: Inputs) -> tuple[Tensor, ...]:
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):  # pyright: ignore[reportUnnecessaryIsInstance]
-        kinds = ", ".join(type(x).__name__ for x in inputs)
-        raise CompactError(
-            f"example_inputs: expected a tensor or a tuple of tensors, got ({kinds}); pass what the model takes"
-        )
-    if not all(x.numel() for x in inputs):
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise CompactError(f"example_inputs: expected at least one sample, got shapes {shapes}; pass a batch of two")
-    return inputs
