@@ -5,8 +5,9 @@
 AdamW, 128 or 16 images a step, four steps in fresh processes, resident memory above PyTorch and the batch. How much it
 is does not depend on what the weights are, so the plans are drawn at random: for r times fewer values a layer keeps
 r^-0.4 of its units, and ties the inputs that are left into r^-0.6 of as many. Parameters, gradients and the optimizer's
-state fall as the values do; what the forward pass keeps for the backward pass does not, and is counted beside it. Ten
-minutes; Linux only; right to about a quarter of a megabyte. Writes a picture beside the results.
+state fall as the values do; what the forward pass keeps for the backward pass (what BatchNorm, ReLU and pooling were
+given or gave, per unit) falls as the units do, and is counted beside it. Ten minutes on a quiet machine; Linux only;
+right to about a quarter of a megabyte. Writes a picture beside the results.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import memory, stage_two_memory
-from benchmarks.stage_two_memory import SUBJECTS, against_dense, drawn, made, perceptron, tied
+from benchmarks.stage_two_memory import SUBJECTS, UNITS, against_dense, drawn, made, perceptron, tied
 from torch import nn
 
 BATCH = (torch.randn(32, 784), torch.randint(10, (32,)))
@@ -55,6 +55,23 @@ def test_compacted_networks_keep_as_many_values_as_asked(subject: str) -> None:
     assert values(dense) / values(small) == pytest.approx(4, rel=0.05)
     x = torch.randn(3, *SUBJECTS[subject].shape)
     assert dense(x).shape == small(x).shape
+
+
+def law_keeps_as_much_less_as_there_are_fewer_units(subject: str, ratio: float) -> None:
+    batch = (torch.randn(2, *SUBJECTS[subject].shape), torch.randint(10, (2,)))
+    dense, small = (memory._train(partial(made, subject, r), batch, 1)["kept_bytes"] for r in (1, ratio))
+    assert small <= 1.02 * dense * ratio**-UNITS, f"{small} bytes kept, {dense} by the dense network"
+
+
+@pytest.mark.parametrize("ratio", [2, 16])
+def test_sums_of_tied_inputs_are_not_kept_beside_them(ratio: float) -> None:
+    law_keeps_as_much_less_as_there_are_fewer_units("ResNet-20", ratio)
+
+
+def test_a_network_that_keeps_the_sums_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tying.nn.product.nothing_transforms", lambda: False)
+    with pytest.raises(AssertionError, match="by the dense network"):
+        law_keeps_as_much_less_as_there_are_fewer_units("ResNet-20", 2)
 
 
 def test_every_class_of_a_tie_is_used() -> None:

@@ -1,7 +1,8 @@
 """Layers that compute with tied weights: the inputs of each label are summed once, then one small product.
 
 For a weight whose input groups are equal wherever their labels are, `W x = Σ_k w_k · (Σ_{i: label(i)=k} x_i)`. Where
-summing does not pay, `way` makes a layer read its inputs as the dense one does; what it stores stays the same.
+summing does not pay, `way` makes a layer read its inputs as the dense one does; what it stores stays the same. For its
+gradient a layer keeps its input and its weight, as the dense one does, and makes the sums anew (`tying.nn.product`).
 """
 
 from __future__ import annotations
