@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from benchmarks import vgg16_cifar10 as bench
 from benchmarks.vgg16 import WEIGHTS, Vgg16, augmented, layers, regularised, standardised
+from benchmarks.vgg16_tables import vgg16
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -211,3 +213,46 @@ def test_a_layer_that_lost_everything_is_named(tmp_path: Path, monkeypatch: pyte
     row = bench.run("GrOWL", SETTING, 0, made_up(48, 0), made_up(40, 1), tmp_path)
     assert row["collapsed"] == ["conv6.weight"]
     assert bench.said(bench.lines([row])[0]).endswith("collapsed: conv6.weight")
+
+
+Table = Callable[[Mapping[str, Any]], Iterator[str]]
+
+
+def law_table(table: Table, rows: list[dict[str, Any]]) -> None:
+    """Every line has its row, and the figures in it are those that were recorded."""
+    results = {"settings": asdict(SETTING), "smoke": True, "weights": WEIGHTS, "lines": bench.lines(rows)}
+    recorded = json.loads(json.dumps(results, allow_nan=False))
+    text = list(table(recorded))
+    assert any("mean nothing" in line for line in text)
+    head, rule, *body = [line.strip("| ").split("|") for line in text if line.startswith("|")]
+    assert {len(cells) for cells in (head, rule, *body)} == {8}
+    assert [cells[0].strip() for cells in body] == [line["method"] for line in recorded["lines"]]
+    for cells, line in zip(body, recorded["lines"], strict=True):
+        assert f"({line['paper']['test']:.1f})" in cells[2]
+        assert f"({line['paper']['compression']:.1f}×)" in cells[5]
+        assert ("collapsed" in cells[1]) == (line["collapsed"] > 0)
+        if "test_mean" in line:
+            assert float(cells[2].split()[0]) == pytest.approx(line["test_mean"], abs=0.005)
+            sparsity, sharing, compression = (float(cell.split()[0].rstrip("%×")) for cell in cells[3:6])
+            assert compression == pytest.approx(line["compression"], abs=0.06)
+            assert compression == pytest.approx(sharing / (1 - sparsity / 100), rel=0.1)
+            assert float(cells[6].strip().rstrip("×")) == pytest.approx(line["stored"], abs=0.06)
+
+
+def rows_of_a_table(folder: Path) -> list[dict[str, Any]]:
+    """A line of a smoke run with two seeds, one of a single seed that collapsed, one where one of two did."""
+    rows = [bench.run("GrOWL + l2", SETTING, seed, made_up(48, 0), made_up(40, 1), folder) for seed in (0, 1)]
+    lost = {"seed": 1, "seconds": [1.0], "test_after_stage_one": 10.0, "collapsed": ["conv6.weight", "fc1.weight"]}
+    return [*rows, {"method": "GrOWL", **lost}, {**rows[0], "method": "group lasso"}, {"method": "group lasso", **lost}]
+
+
+def test_table_says_what_was_recorded(tmp_path: Path) -> None:
+    rows = rows_of_a_table(tmp_path)
+    law_table(vgg16, rows)
+
+    def the_papers_own(results: Mapping[str, Any]) -> Iterator[str]:
+        lines = [{**line, "test_mean": line["paper"]["test"]} for line in results["lines"]]
+        return vgg16({**results, "lines": lines})
+
+    with pytest.raises(AssertionError):
+        law_table(the_papers_own, rows)
