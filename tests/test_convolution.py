@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tying
 from tying.errors import CompactError, PlanError
-from tying.find.convolution import dense_of, hardwired
+from tying.find.convolution import dense_of, hardwired, how_close
 from tying.groups import Groups
 from tying.nn import FlatConv, LocallyConnected1d, LocallyConnected2d
 from tying.plan import Partition, Tie, TiePlan
@@ -294,6 +294,29 @@ def replaced(conv: nn.Conv2d) -> nn.Conv2d:
     other = copy.deepcopy(conv)
     other.forward = lambda input: 2 * conv(input)
     return other
+
+
+CLOSENESS_OF: dict[str, tuple[Any, Any, str]] = {
+    "a layer without values": (
+        LocallyConnected2d(1, 2, 6, 3, device="meta"),
+        None,
+        r"^weight: .*meta device; load it first",
+    ),
+    "a convolution": (
+        nn.Conv2d(1, 1, 3),
+        None,
+        r"^layer: expected LocallyConnected1d or LocallyConnected2d, got Conv2",
+    ),
+    "no layer": (None, None, r"^layer: .*got None"),
+    "ties in a list": (LocallyConnected2d(1, 2, 6, 3), [], r"^plan: expected a TiePlan or None, got list"),
+    "a name for a plan": (LocallyConnected2d(1, 2, 6, 3), "x", r"^plan: expected a TiePlan or None, got str"),
+}
+
+
+@pytest.mark.parametrize(("layer", "plan", "message"), CLOSENESS_OF.values(), ids=CLOSENESS_OF)
+def test_how_close_takes_locally_connected_layers_with_values(layer: Any, plan: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        how_close(layer, plan)
 
 
 def test_refused_before_anything_is_made() -> None:

@@ -155,14 +155,22 @@ def how_close(layer: Local, plan: TiePlan | None = None, *, name: str = "") -> C
         name: Of the layer in the model that the plan is for.
 
     Raises:
-        PlanError: If the plan has no tie over the positions of this layer, or another number of them; if the weights
-            are zero or not finite.
+        PlanError: If it is another kind of layer, or on the meta device; if the plan has no tie over the positions of
+            this layer, or another number of them; if the weights are zero or not finite.
 
     Example:
         >>> layer = LocallyConnected2d.from_conv(nn.Conv2d(1, 2, 3), 6)
         >>> round(how_close(layer).explained, 9)
         1.0
     """
+    if not isinstance(layer, (LocallyConnected1d, LocallyConnected2d)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"layer: expected LocallyConnected1d or LocallyConnected2d, got {layer!r}; pass one")
+    if not (plan is None or isinstance(plan, TiePlan)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"plan: expected a TiePlan or None, got {type(plan).__name__}; discover one")
+    if layer.weight.is_meta:
+        raise PlanError(
+            f"{qualified(name, 'weight')}: expected values to compare, got a layer on the meta device; load it first"
+        )
     weight = layer.weight.detach().double().flatten(1)
     connected = torch.as_tensor(layer.windows.reads() >= 0, device=weight.device).double()
     counts = connected.repeat(1, weight.shape[1] // connected.shape[1])

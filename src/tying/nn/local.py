@@ -217,12 +217,9 @@ class _LocallyConnected(nn.Module):
 
     def _windows_of_one(self, x: Tensor) -> Tensor:
         """What each tap reads, `(*output_size, 1, in_channels, *kernel_size)`: a view."""
-        for axis, (kernel, stride, dilation) in enumerate(
-            zip(self.kernel_size, self.stride, self.dilation, strict=True)
-        ):
-            x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        read = self.windows.unfold(x)
         axes = range(2, 2 + self.dimensions)
-        return x.permute(*axes, 0, 1, *(axis + self.dimensions for axis in axes))
+        return read.permute(*axes, 0, 1, *(axis + self.dimensions for axis in axes))
 
     def _connected(self) -> Tensor:
         """Which taps read an input at each position, float64, to be multiplied with the weight."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tying.errors import PlanError
 from tying.plan import Partition
-from tying.wiring.windows import Windows
+from tying.wiring.windows import Windows, positions, span
 from tying.wiring.wiring import Wiring
 
 
@@ -152,11 +152,11 @@ def _dimension(
     """Kernel size, stride, dilation and padding along one dimension."""
     dilation = math.gcd(*(int(step) for step in np.diff(offsets))) or 1
     kernel, low = int(offsets[-1] - offsets[0]) // dilation + 1, -int(offsets[0])
-    spread = dilation * (kernel - 1)
-    for high in (low, spread - low):
-        rest = size + low + high - spread - 1
-        step = max(1, rest + 1) if made == 1 else stride  # no second position: wherever it would be
-        if low >= 0 and high >= 0 and rest // step + 1 == made:
+    reach = span(kernel, dilation)
+    for high in (low, reach - 1 - low):
+        padded = size + low + high
+        step = max(1, padded - reach + 1) if made == 1 else stride  # no second position: wherever it would be
+        if low >= 0 and high >= 0 and positions(padded, kernel, step, dilation) == made:
             return kernel, step, dilation, (low, high)
     return None
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tying.errors import PlanError
@@ -56,12 +56,18 @@ class Windows:
     padding_mode: PaddingMode = "zeros"
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "kernel_size", "stride", "dilation"):
+        if not _are_whole(self.input_size, least=1) or not 1 <= self.dimensions <= 3:
+            raise PlanError(f"input_size: expected one to three whole numbers ≥ 1, got {self.input_size!r}; see Conv2d")
+        for name in ("kernel_size", "stride", "dilation"):
             sizes = getattr(self, name)
-            if len(sizes) != self.dimensions or min(sizes) < 1:
-                raise PlanError(f"{name}: expected {self.dimensions} whole numbers ≥ 1, got {sizes}; give one each")
-        if len(self.padding) != self.dimensions or min(map(min, self.padding)) < 0:
-            raise PlanError(f"padding: expected {self.dimensions} pairs of numbers ≥ 0, got {self.padding}; see Conv2d")
+            if not _are_whole(sizes, least=1) or len(sizes) != self.dimensions:
+                raise PlanError(f"{name}: expected {self.dimensions} whole numbers ≥ 1, got {sizes!r}; give one each")
+        pairs: Any = self.padding
+        paired = isinstance(pairs, tuple) and all(
+            _are_whole(pair, least=0) and len(pair) == 2 for pair in cast("tuple[Any, ...]", pairs)
+        )
+        if not paired or len(self.padding) != self.dimensions:
+            raise PlanError(f"padding: expected {self.dimensions} pairs of numbers ≥ 0, got {pairs!r}; see Conv2d")
         if self.padding_mode not in get_args(PaddingMode):
             raise PlanError(
                 f"padding_mode: expected one of {get_args(PaddingMode)}, got {self.padding_mode!r}; pick one of them"
@@ -141,9 +147,9 @@ class Windows:
     def output_size(self) -> tuple[int, ...]:
         """How many positions there are in each dimension."""
         return tuple(
-            (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pads, dilation, kernel, stride in zip(
-                self.input_size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            positions(size + sum(pads), kernel, stride, dilation)
+            for size, pads, kernel, stride, dilation in zip(
+                self.input_size, self.padding, self.kernel_size, self.stride, self.dilation, strict=True
             )
         )
 
@@ -186,16 +192,53 @@ class Windows:
         Found by moving the numbers 0 … S − 1 as the convolution moves its inputs.
         """
         numbers = torch.arange(1.0, self.inputs + 1, dtype=torch.float64, device="cpu").reshape(1, 1, *self.input_size)
-        moved = functional.pad(numbers, self.pads, mode=PAD[self.padding_mode])[0, 0]
+        padded = functional.pad(numbers, self.pads, mode=PAD[self.padding_mode])[0, 0]
+        return self.unfold(padded).reshape(self.positions, self.taps).numpy().astype(np.int64) - 1
+
+    def unfold(self, padded: Tensor) -> Tensor:
+        """Return what each tap reads at each position, a view.
+
+        Args:
+            padded: `(…, *size)` with the padding added, any dtype.
+
+        Returns:
+            `(…, *output_size, *kernel_size)`.
+        """
+        first = padded.dim() - self.dimensions
         for axis, (kernel, stride, dilation) in enumerate(
-            zip(self.kernel_size, self.stride, self.dilation, strict=True)
+            zip(self.kernel_size, self.stride, self.dilation, strict=True), first
         ):
-            moved = moved.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        return moved.reshape(self.positions, self.taps).numpy().astype(np.int64) - 1
+            padded = padded.unfold(axis, span(kernel, dilation), stride)[..., ::dilation]
+        return padded
+
+
+def span(kernel: int, dilation: int) -> int:
+    """Return how many inputs there are from the first tap of a kernel to its last, both counted."""
+    return dilation * (kernel - 1) + 1
+
+
+def positions(padded: int, kernel: int, stride: int, dilation: int) -> int:
+    """Return how many positions a kernel takes along one dimension of so many inputs; < 1 if it does not fit.
+
+    Example:
+        >>> positions(7, 3, 2, 1)
+        3
+    """
+    return (padded - span(kernel, dilation)) // stride + 1
+
+
+def _are_whole(sizes: Any, *, least: int) -> bool:
+    """Whether these are a tuple of integers that are not less."""
+    try:
+        for each in cast("tuple[Any, ...]", sizes):
+            whole("size", each, least)
+    except (PlanError, TypeError):
+        return False
+    return isinstance(sizes, tuple)
 
 
 def _same(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    totals = [span(k, d) - 1 for k, d in zip(kernel_size, dilation, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
