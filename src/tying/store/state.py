@@ -13,7 +13,7 @@ from safetensors.torch import save as encode
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tying.enforce.compaction.surgery import TIED
+from tying.enforce.compaction.surgery import tied_layers
 from tying.enforce.held import owned
 from tying.errors import FileError
 from tying.files.sealed import bytes_of
@@ -87,7 +87,7 @@ def collect(model: nn.Module) -> State:
         else:
             first[id(value)], tensors[name] = name, value
     views = views_of(tensors)
-    derived = {id(b) for m in model.modules() if isinstance(m, tuple(TIED.values())) for b in m.buffers()}
+    derived = {id(buffer) for layer in tied_layers(model).values() for buffer in layer.buffers()}
     return State(
         {name: tensor for name, tensor in tensors.items() if name not in views},
         aliases,

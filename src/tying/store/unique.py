@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.enforce.compaction.surgery import TIED
+from tying.enforce.compaction.surgery import tied_layers
 from tying.enforce.ties.tie import plan_of
 from tying.errors import PlanError
 from tying.groups import Groups
@@ -80,9 +80,8 @@ def plan_in_force(model: nn.Module) -> TiePlan:
           0.weight[inputs]: 3 groups → 2 values, 0 pruned
     """
     ties = [
-        Tie((Member(qualified(name, "weight"), Groups.inputs()),), module.partition)
-        for name, module in model.named_modules()
-        if isinstance(module, tuple(TIED.values()))
+        Tie((Member(qualified(name, "weight"), Groups.inputs()),), layer.partition)
+        for name, layer in tied_layers(model).items()
     ]
     return replace(TiePlan(ties) + plan_of(model), provenance={"made by": "the layers of the network"})
 

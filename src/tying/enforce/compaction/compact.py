@@ -17,7 +17,7 @@ from tying.enforce.compaction.bare import bare_norms, fit_bare_norms_
 from tying.enforce.compaction.collecting import garbage_put_off
 from tying.enforce.compaction.compare import Inputs, Reference, check_equal, same_random_numbers
 from tying.enforce.compaction.convolutions import Geometry, place_convolutions
-from tying.enforce.compaction.dense import tied_layers, written_out
+from tying.enforce.compaction.dense import written_out
 from tying.enforce.compaction.fastest import choose_fastest_
 from tying.enforce.compaction.reduction import Compaction, reduce
 from tying.enforce.compaction.refusals import (
@@ -29,7 +29,7 @@ from tying.enforce.compaction.refusals import (
     checked_tolerance,
     why_not_run,
 )
-from tying.enforce.compaction.surgery import place_tied_, replace_, set_ways_, ways_of
+from tying.enforce.compaction.surgery import place_tied_, replace_, set_ways_, tied_layers, ways_of
 from tying.enforce.compaction.trial import tried
 from tying.errors import CompactError
 from tying.plan import Member, Tie, TiePlan

@@ -41,7 +41,7 @@ def convolutions_in(model: nn.Module, plan: TiePlan) -> Convolutions:
     """
     mine: dict[str, dict[str, Tie]] = {}
     for tie in plan:
-        path, leaf, module = _place(model, tie)
+        path, leaf, module = _layer_of(model, tie)
         kind = tie.members[0].groups.kind if len(tie.members) == 1 else None
         if (isinstance(module, nn.Linear) and kind == "elements") or (isinstance(module, LOCAL) and kind):
             mine.setdefault(path, {})[leaf] = tie
@@ -64,7 +64,7 @@ def place_convolutions(model: nn.Module, layers: Mapping[str, Geometry]) -> nn.M
         CompactError: If a layer shares its weight with another or has hooks. Nothing is written then.
     """
     built = {name: _built(model, name, geometry) for name, geometry in layers.items()}
-    return _placed(model, built)
+    return _with_layers(model, built)
 
 
 def rebuild_convolutions(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> nn.Module:
@@ -88,10 +88,11 @@ def rebuild_convolutions(model: nn.Module, description: Mapping[str, Mapping[str
             if list(module.kernel_size) != entry["tensors"]["weight"][2:]:
                 continue  # refused later, as a layer of another type
             built[name] = _as(module.empty_conv(), module)
-    return _placed(model, built)
+    return _with_layers(model, built)
 
 
-def _place(model: nn.Module, tie: Tie) -> tuple[str, str, nn.Module]:
+def _layer_of(model: nn.Module, tie: Tie) -> tuple[str, str, nn.Module]:
+    """The layer that a tie's first parameter belongs to: its name, the parameter's name in it, the layer."""
     path, _, leaf = tie.members[0].parameter.rpartition(".")
     return path, leaf, model.get_submodule(path)
 
@@ -178,7 +179,8 @@ def _as(conv: PlainConv, layer: Any) -> PlainConv:
     return conv.train(layer.training)
 
 
-def _placed(model: nn.Module, built: Mapping[str, nn.Module]) -> nn.Module:
+def _with_layers(model: nn.Module, built: Mapping[str, nn.Module]) -> nn.Module:
+    """The model with new layers under all the names that those they replace have; or the new one, if it is all."""
     places = places_of(model)
     wanted = [(place, new) for name, new in built.items() for place in places[id(model.get_submodule(name))]]
     for place, new in wanted:

@@ -6,17 +6,12 @@ from typing import cast
 
 from torch import nn
 
-from tying.enforce.compaction.surgery import TIED, TiedLayer
+from tying.enforce.compaction.surgery import tied_layers
 from tying.enforce.held import not_alone, places_of
 from tying.errors import CompactError
 from tying.groups import Groups
 from tying.nn import TiedLinear
 from tying.plan import Member, Partition, Tie, TiePlan, qualified
-
-
-def tied_layers(model: nn.Module) -> dict[str, TiedLayer]:
-    """Return the tied layers of a model by name, each under its first."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, tuple(TIED.values()))}
 
 
 def written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:

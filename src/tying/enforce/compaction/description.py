@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tying.enforce.compaction.adapt import attributes_of, restore_attributes_
 from tying.enforce.compaction.convolutions import rebuild_convolutions
-from tying.enforce.compaction.surgery import TIED, place_tied_, replace_, set_ways_, sizes_of, ways_of
+from tying.enforce.compaction.surgery import TIED, is_tied, place_tied_, replace_, set_ways_, sizes_of, ways_of
 from tying.errors import PlanError
 from tying.nn import FlatConv
 from tying.nn.tied import WAYS
@@ -133,6 +133,6 @@ def _own(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own parameters and buffers; the indices that a tied layer derives from its labels left out."""
     parameters = module._parameters  # pyright: ignore[reportPrivateUsage]
     buffers = module._buffers  # pyright: ignore[reportPrivateUsage]
-    if isinstance(module, tuple(TIED.values())):
+    if is_tied(module):
         buffers = {"labels": buffers["labels"]}
     return {**parameters, **buffers}

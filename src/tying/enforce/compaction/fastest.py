@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.enforce.compaction.compare import Inputs, run
-from tying.enforce.compaction.surgery import TIED, TiedLayer, set_ways_, ways_of
+from tying.enforce.compaction.surgery import TiedLayer, set_ways_, tied_layers, ways_of
 from tying.evaluation import evaluating
 from tying.nn.tied import WAYS, Way
 from tying.outputs import same_random_numbers
@@ -64,10 +64,10 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
         True
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(TIED.values()))]
+    layers = tied_layers(model)
     ways = ways_of(model)
     taken: dict[str, dict[Way, tuple[float, float]]] = {}
-    handles = [layer.register_forward_pre_hook(_timer(taken, name), with_kwargs=True) for name, layer in layers]
+    handles = [layer.register_forward_pre_hook(_timer(taken, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model), same_random_numbers(model):
             run(model, _cast(model, inputs))
@@ -75,7 +75,7 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
         for handle in handles:
             handle.remove()
         set_ways_(model, ways)
-    choices = tuple(Choice(name, taken[name], _best(taken[name])) for name, _ in layers if name in taken)
+    choices = tuple(Choice(name, taken[name], _best(taken[name])) for name in layers if name in taken)
     set_ways_(model, {**ways, **{choice.layer: choice.way for choice in choices}})
     return choices
 

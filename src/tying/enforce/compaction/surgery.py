@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,16 @@ TIED: dict[type[nn.Module], type[TiedLayer]] = {
     nn.Conv3d: TiedConv3d,
 }
 """Which layer takes the place of a plain one whose inputs are tied."""
+
+
+def is_tied(module: nn.Module) -> TypeGuard[TiedLayer]:
+    """Return whether a module is one of the tied layers of `tying.nn`."""
+    return isinstance(module, tuple(TIED.values()))
+
+
+def tied_layers(model: nn.Module) -> dict[str, TiedLayer]:
+    """Return the tied layers of a model by name, each under its first."""
+    return {name: layer for name, layer in model.named_modules() if is_tied(layer)}
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
@@ -182,15 +192,13 @@ def check_has_tied_twin(model: nn.Module, name: str, names: Mapping[int, Sequenc
 
 def ways_of(model: nn.Module) -> dict[str, Way]:
     """Return by name the ways of the tied layers that compute in another one than the usual "sum"."""
-    tied = ((name, module) for name, module in model.named_modules() if isinstance(module, tuple(TIED.values())))
-    return {name: layer.way for name, layer in tied if layer.way != "sum"}
+    return {name: layer.way for name, layer in tied_layers(model).items() if layer.way != "sum"}
 
 
 def set_ways_(model: nn.Module, ways: Mapping[str, Way]) -> None:
     """Let the tied layers compute in these ways, and all others sum."""
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(TIED.values())):
-            module.way = ways.get(name, "sum")
+    for name, layer in tied_layers(model).items():
+        layer.way = ways.get(name, "sum")
 
 
 def _tied_twin(layer: nn.Module, labels: Sequence[int]) -> TiedLayer:
