@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tying.channels.find import find_channels
 from tying.channels.joined import joined_groups
 from tying.enforce import compact, plan_compaction
+from tying.enforce.compaction.fastest import choose_fastest_
 from tying.errors import CompactError, PlanError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
@@ -132,6 +133,22 @@ UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
 def test_a_model_without_values_or_python_is_refused_by_name(make, message, call):
     with pytest.raises(CompactError, match=message):
         call(make(), TiePlan(), torch.randn(2, 4))
+
+
+CALLS = {"find_channels": find_channels, "joined_groups": joined_groups, "choose_fastest_": choose_fastest_}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("model", [None, torch.relu])
+def test_what_is_no_model_is_refused_by_name(call, model):
+    with pytest.raises(CompactError, match=r"^model: expected a torch\.nn\.Module, got "):
+        call(model, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("inputs", [None, 3, [torch.randn(2, 4)], ()])
+def test_what_are_no_inputs_is_refused_by_name(inputs):
+    with pytest.raises(CompactError, match=r"^example_inputs: expected a tensor or a tuple of tensors, got "):
+        choose_fastest_(Net(), inputs)
 
 
 ARGUMENTS = {

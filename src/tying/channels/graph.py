@@ -135,11 +135,13 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     """Export the model in evaluation mode, without touching it.
 
     Raises:
-        CompactError: If `torch.export` can't follow the forward, or a size in it depends on the numbers that come in;
-            names the operation and its module.
+        CompactError: If it is no model, or `torch.export` can't follow its forward, or a size in it depends on the
+            numbers that come in; names the operation and its module.
     """
     from torch.export import export as torch_export
 
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CompactError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with evaluating(model), torch.enable_grad(), warnings.catch_warnings():  # without gradients, attention is fused
         warnings.simplefilter("ignore")

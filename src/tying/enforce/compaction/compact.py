@@ -65,7 +65,7 @@ def compact(
     Raises:
         CompactError: If the plan can't be compacted, nothing would be left of a layer, or the network computes
             something else; names the parameter or the module.
-        PlanError: If the plan does not fit the model.
+        PlanError: If the plan does not fit the model, or is none.
 
     Example:
         >>> from tying.groups import Groups

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.enforce.compaction.compare import Inputs, run
+from tying.enforce.compaction.refusals import check_model, checked_inputs
 from tying.enforce.compaction.surgery import TiedLayer, set_ways_, tied_layers, ways_of
 from tying.evaluation import evaluating
 from tying.nn.tied import WAYS, Way
@@ -54,7 +55,8 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
         One choice per tied layer that runs, in the order of `named_modules`.
 
     Raises:
-        CompactError: If the model does not run on the example inputs; names the module. Nothing is changed then.
+        CompactError: If model or inputs are none that `compact` takes, or don't go together; names the module or the
+            argument. Nothing is changed then.
 
     Example:
         >>> from tying.nn import TiedLinear
@@ -63,7 +65,8 @@ def choose_fastest_(model: nn.Module, example_inputs: Inputs) -> tuple[Choice, .
         >>> model[0].way == choice.way
         True
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    check_model(model)
+    inputs = checked_inputs(example_inputs)
     layers = tied_layers(model)
     ways = ways_of(model)
     taken: dict[str, dict[Way, tuple[float, float]]] = {}
