@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 import tying
 from benchmarks.memory import peak_of_training
+from benchmarks.networks import LeNet5, ResNet20
 from benchmarks.pictures import draw
-from benchmarks.record import record
-from benchmarks.resnet20 import ResNet20
+from benchmarks.record import command_of, record
 from tying import Groups, Tie, TiePlan
 from tying.report.pictures.style import LIGHT
 
@@ -40,7 +40,7 @@ OUT = Path("benchmarks/results/stage_two_memory.json")
 RATIOS = (2, 4, 8, 16, 32)
 BATCHES = (128, 16)
 MEASURES = ("values", "peak_bytes", "state_bytes", "kept_bytes")
-UNITS, INPUTS = 0.4, 0.6
+POWER_OF_UNITS, POWER_OF_INPUTS = 0.4, 0.6
 """r^-0.4 of the units, r^-0.6 of the inputs: 1 / r of a layer's values."""
 
 
@@ -60,24 +60,15 @@ def perceptron(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def lenet5() -> nn.Sequential:
-    """20-50-500-10: 431,080 parameters."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10)),
-    )
-
-
 def cut_chain(model: nn.Module, ratio: float, generator: np.random.Generator) -> TiePlan:
     """Cut every layer of a chain but the last one, whose units are the classes."""
     layers = [(n, m) for n, m in model.named_children() if isinstance(m, (nn.Linear, nn.Conv2d))]
     ties: list[Tie] = []
-    alive = drawn(layers[0][1].weight.shape[1], UNITS, ratio, generator)
+    alive = drawn(layers[0][1].weight.shape[1], POWER_OF_UNITS, ratio, generator)
     for name, layer in layers[:-1]:
         alive = np.repeat(alive, layer.weight.shape[1] // len(alive))  # a channel is many inputs of a linear layer
         ties.append(tied(f"{name}.weight", alive, ratio, generator))
-        alive = drawn(layer.weight.shape[0], UNITS, ratio, generator)
+        alive = drawn(layer.weight.shape[0], POWER_OF_UNITS, ratio, generator)
         ties.append(pruned(f"{name}.weight", alive))
     return TiePlan(ties)
 
@@ -85,15 +76,15 @@ def cut_chain(model: nn.Module, ratio: float, generator: np.random.Generator) ->
 def cut_residual(model: nn.Module, ratio: float, generator: np.random.Generator) -> TiePlan:
     """Cut what the blocks add up and what each has inside; whoever adds to a sum loses the same channels."""
     assert isinstance(model, ResNet20)
-    alive = drawn(model.stem[0].out_channels, UNITS, ratio, generator)
+    alive = drawn(model.stem[0].out_channels, POWER_OF_UNITS, ratio, generator)
     ties = [pruned("stem.0.weight", alive)]
     for i, block in enumerate(model.blocks):
         ties.append(tied(f"blocks.{i}.first.weight", alive, ratio, generator))
         if isinstance(block.shortcut, nn.Sequential):
             ties.append(tied(f"blocks.{i}.shortcut.0.weight", alive, ratio, generator))
-            alive = drawn(block.second.out_channels, UNITS, ratio, generator)
+            alive = drawn(block.second.out_channels, POWER_OF_UNITS, ratio, generator)
             ties.append(pruned(f"blocks.{i}.shortcut.0.weight", alive))
-        inner = drawn(block.first.out_channels, UNITS, ratio, generator)
+        inner = drawn(block.first.out_channels, POWER_OF_UNITS, ratio, generator)
         ties.append(pruned(f"blocks.{i}.first.weight", inner))
         ties.append(tied(f"blocks.{i}.second.weight", inner, ratio, generator))
         ties.append(pruned(f"blocks.{i}.second.weight", alive))
@@ -113,7 +104,7 @@ def pruned(name: str, alive: np.ndarray) -> Tie:
 def tied(name: str, alive: np.ndarray, ratio: float, generator: np.random.Generator) -> Tie:
     """Tie the inputs that are left at random, into as many values as the ratio asks, every one of them used."""
     kept = int(alive.sum())
-    classes = kept if len(alive) <= 3 else min(kept, max(1, round(len(alive) * ratio**-INPUTS)))
+    classes = kept if len(alive) <= 3 else min(kept, max(1, round(len(alive) * ratio**-POWER_OF_INPUTS)))
     labels = np.full(len(alive), -1)
     labels[alive] = generator.permutation(np.arange(kept) % classes)
     return Tie.of(name, Groups.inputs(), labels)
@@ -122,7 +113,7 @@ def tied(name: str, alive: np.ndarray, ratio: float, generator: np.random.Genera
 SUBJECTS = {
     "784-300-10": Subject(partial(perceptron, 300, 1), (784,), cut_chain),
     "784-2048-2048-10": Subject(partial(perceptron, 2048, 2), (784,), cut_chain),
-    "LeNet-5": Subject(lenet5, (1, 28, 28), cut_chain),
+    "LeNet-5": Subject(LeNet5, (1, 28, 28), cut_chain),
     "ResNet-20": Subject(ResNet20, (3, 32, 32), cut_residual),
 }
 
@@ -211,8 +202,8 @@ def main() -> None:
     out = options.out or (None if options.quick else OUT)
     if out is None:
         return
-    settings = {"optimizer": "AdamW", "processes": processes, "units": -UNITS, "inputs": -INPUTS}
-    record(out, "make bench-stage-two-memory", {"settings": settings, "lines": lines})
+    settings = {"optimizer": "AdamW", "processes": processes, "units": -POWER_OF_UNITS, "inputs": -POWER_OF_INPUTS}
+    record(out, command_of("stage_two_memory", options), {"settings": settings, "lines": lines})
     picture(lines, out.with_suffix(".png"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import memory, stage_two_memory
-from benchmarks.stage_two_memory import SUBJECTS, UNITS, against_dense, drawn, made, perceptron, tied
+from benchmarks.stage_two_memory import POWER_OF_UNITS, SUBJECTS, against_dense, drawn, made, perceptron, tied
 from torch import nn
 
 BATCH = (torch.randn(32, 784), torch.randint(10, (32,)))
@@ -60,7 +60,7 @@ def test_compacted_networks_keep_as_many_values_as_asked(subject: str) -> None:
 def law_keeps_as_much_less_as_there_are_fewer_units(subject: str, ratio: float) -> None:
     batch = (torch.randn(2, *SUBJECTS[subject].shape), torch.randint(10, (2,)))
     dense, small = (memory._train(partial(made, subject, r), batch, 1)["kept_bytes"] for r in (1, ratio))
-    assert small <= 1.02 * dense * ratio**-UNITS, f"{small} bytes kept, {dense} by the dense network"
+    assert small <= 1.02 * dense * ratio**-POWER_OF_UNITS, f"{small} bytes kept, {dense} by the dense network"
 
 
 @pytest.mark.parametrize("ratio", [2, 16])
