@@ -81,3 +81,13 @@ def test_a_norm_for_two_widths_keeps_its_own():
     plan = TiePlan([Tie.of("b.weight", Groups.inputs(), LABELS[5])])
     small = compact(Twice(), plan, torch.randn(2, 2, 9, 9))
     assert (small.a.out_channels, small.norm.num_features) == (5, 8)
+
+
+def test_a_trial_of_another_size_does_not_warn_of_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(4, 8), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    ties = [Tie.of("0.weight", Groups.outputs(), LABELS[6]), Tie.of("4.weight", Groups.inputs(), LABELS[6])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = compact(model, TiePlan(ties), torch.randn(2, 2, 8, 8))
+    assert (small[1].num_groups, small[1].num_channels, small[2].num_features) == (3, 6, 6)

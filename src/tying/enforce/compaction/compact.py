@@ -167,17 +167,15 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance
         return reduce(network, found.others, channels, constants, refused)
 
     def build(compaction: Compaction) -> nn.Module:
-        small = _build(_copied(model).double(), found.layers, compaction).eval()
-        fit_bare_norms_(small, reference.inputs)
-        return small
+        return _build(_copied(model).double(), found.layers, compaction).eval()
 
     def check(small: nn.Module, norms: bool) -> None:
+        fit_bare_norms_(small, reference.inputs)
         check_equal(reference, small, tolerance, norms=norms)
 
     compaction, compared = tried(network, reduced, build, check)
     if bare_norms(network):
-        small = _build(_copied(model).double(), found.layers, compaction).eval()
-        attributes = _merged(compaction.attributes, fit_bare_norms_(small, reference.inputs))
+        attributes = _merged(compaction.attributes, fit_bare_norms_(build(compaction), reference.inputs))
         compaction = replace(compaction, attributes=attributes)
     return _Planned(reference, found.layers, compaction, compared)
 
