@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from explain_laws import matrix, positive
-from tying import explain
+from networks import Net
+from tying import explain, words
 from tying.explain.equivariance import Equivariance, Shift, measure_equivariance
+from tying.explain.marks import sliding
 from tying.explain.marks.dependence import find_dependence
 from tying.nn import LocallyConnected1d, LocallyConnected2d
 
@@ -52,7 +56,7 @@ def structure_places(structure: nn.Module, x: Tensor) -> int:
         return structure(torch.zeros_like(x)).shape[-1]
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | None, int]] = {
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | None, Any]] = {
     "valid": (lambda: nn.Conv1d(2, 3, 3), None, 1),
     "padded": (lambda: nn.Conv1d(2, 3, 3, padding=1), None, 1),
     "stride": (lambda: nn.Conv1d(2, 2, 3, stride=2), None, 2),
@@ -62,6 +66,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | None,
     "largest": (lambda: nn.MaxPool1d(3, 2), lambda: nn.AvgPool1d(3, 2), 2),
     "largest, padded": (lambda: nn.MaxPool1d(3, 1, 1), lambda: nn.AvgPool1d(3, 1, 1), 1),
     "all": (lambda: nn.AdaptiveAvgPool1d(1), None, 12),
+    "doubled": (lambda: nn.Upsample(scale_factor=2, mode="linear"), None, Fraction(1, 2)),
+    "repeated": (lambda: nn.Upsample(scale_factor=3), None, Fraction(1, 3)),
+    "halved": (lambda: nn.Upsample(scale_factor=0.5, mode="linear"), None, 2),
     "local": (lambda: LocallyConnected1d(2, 2, 12, 3), None, 1),
     "local, padded": (lambda: LocallyConnected1d(2, 2, 12, 3, padding=1), None, 1),
 }
@@ -133,6 +140,9 @@ def test_wrong_shifts_fail_the_law(twin: Callable[[Shift], Shift]) -> None:
         (lambda: nn.AdaptiveAvgPool2d(1), ("pooling by 12",)),
         (lambda: nn.Conv2d(1, 2, 3, stride=(2, 3)), ("stride 2×3",)),
         (lambda: nn.Upsample((9, 12), mode="bilinear"), ("resampling by 1.33333",)),
+        (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), ("border",)),
+        (lambda: nn.Upsample(scale_factor=2, mode="bicubic"), ("border",)),
+        (lambda: nn.Upsample(scale_factor=3), ()),
         (lambda: nn.ConvTranspose2d(1, 1, 2, 2), ()),
         (lambda: LocallyConnected2d(1, 1, (12, 12), 3), ("weights of its own at each place",)),
     ],
@@ -141,6 +151,35 @@ def test_it_says_what_breaks_equivariance(build: Callable[[], nn.Module], broken
     torch.manual_seed(0)
     (layer,) = explain(build(), torch.rand(1, 1, 12, 12)).equivariance
     assert layer.broken_by == broken
+
+
+def test_a_border_that_is_not_known_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    resampling = sliding._resampling
+    monkeypatch.setattr(sliding, "_resampling", lambda *given: replace(resampling(*given), edge=None))
+    layer, structure, stride, result, x = measured("doubled")
+    with pytest.raises(AssertionError), torch.no_grad():
+        law_shifts(layer, structure, stride, result, x)
+
+
+def test_every_call_of_a_layer_is_measured() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv1d(1, 1, 3, stride=2)
+    explanation = explain(Net(lambda m, x: m.c(m.c(x)), c=conv), torch.rand(1, 1, 30))
+    alone = explain(nn.Sequential(conv, copy.deepcopy(conv)), torch.rand(1, 1, 30)).equivariance
+    assert [(each.name, each.call, each.period) for each in explanation.equivariance] == [
+        ("c", 1, (2,)),
+        ("c", 2, (4,)),
+    ]
+    assert [each.period for each in alone] == [(2,), (4,)]
+    assert "c (2nd call)  stride 2" in str(explanation)
+
+
+def test_where_only_the_border_is_compared_it_is_printed() -> None:
+    torch.manual_seed(0)
+    explanation = explain(nn.AdaptiveAvgPool2d(1), torch.rand(1, 1, 7, 7))
+    (line,) = (line for line in str(explanation).splitlines() if "pooling by 7" in line)
+    border = max(shift.border or 0 for shift in explanation.equivariance[0].alone)
+    assert words.percent(border, 0) in line
 
 
 def test_what_was_thinned_out_on_the_way_does_not_come_back() -> None:

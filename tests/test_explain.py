@@ -17,6 +17,8 @@ from families import FAMILIES
 from networks import Net
 from tying import explain
 from tying.errors import TyingError
+from tying.explain import fields
+from tying.explain.planes import is_looked_at, places
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -53,7 +55,61 @@ def test_the_fields_of_lenet() -> None:
     assert fields is not None
     assert [layer.sees for layer in fields.layers] == [5**2, 6**2, 14**2, 16**2, 28**2]
     assert [layer.reached for layer in fields.layers] == [5**2, 3**2, 7**2, 4**2, 10]
-    assert [layer.unit for layer in fields.layers] == [(12, 12), (6, 6), (4, 4), (2, 2), (5,)]
+    assert [layer.place for layer in fields.layers] == [(12, 12), (6, 6), (4, 4), (2, 2), (5,)]
+
+
+PLACES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...], list[int]]] = {
+    "flattened": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.Linear(30, 9)), (1, 1, 28, 28), (28, 28), [784] * 2
+    ),
+    "flattened signal": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (2, 3, 4), (3, 4), [12]),
+    "folded": (lambda: Net(lambda m, x: m.c(x.reshape(-1, 1, 8, 8)), c=nn.Conv2d(1, 2, 3)), (2, 64), (64,), [9]),
+    "unflattened": (lambda: nn.Sequential(nn.Unflatten(1, (1, 4, 4, 4)), nn.Conv3d(1, 1, 2)), (2, 64), (64,), [8]),
+}  # fmt: skip
+
+
+def law_places(name: str) -> None:
+    """The places of the input are numbers of a sample; a layer sees as many as, disturbed, change its middle."""
+    build, shape, input_shape, sees = PLACES[name]
+    torch.manual_seed(0)
+    model, x = build().double(), torch.rand(shape, dtype=torch.float64)
+    explanation = explain(model, x)
+    found = explanation.fields
+    assert found is not None
+    assert found.input_shape == input_shape
+    assert [layer.sees for layer in found.layers] == sees
+    last, sample = found.layers[-1], x[:1].flatten()
+    counted = 0
+    for place in range(len(sample)):
+        other = sample.clone()
+        other[place] += 1
+        before, after = (model(each.reshape(1, *shape[1:]))[0] for each in (sample, other))
+        at = last.place if before.ndim == len(last.place) else (slice(None), *last.place)
+        counted += not torch.equal(before[at], after[at])
+    assert counted == sees[-1]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_of_an_input_that_is_first_given_another_shape(name: str) -> None:
+    law_places(name)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_as_the_reader_would_have_them_fail_the_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_the_reader(model: nn.Module, dependence: Any) -> tuple[int, ...]:
+        reader = next(module for module in model.modules() if is_looked_at(module))
+        return places(reader, len(fields.source_shape(dependence)), of_input=True)
+
+    monkeypatch.setattr(fields, "input_places", as_the_reader)
+    with pytest.raises((AssertionError, IndexError)):
+        law_places(name)
+
+
+def test_every_call_of_a_layer_has_its_field() -> None:
+    explanation = explain(Net(lambda m, x: m.c(m.c(m.c(x))), c=nn.Conv2d(1, 1, 3)), torch.rand(1, 1, 16, 16), shifts=0)
+    assert explanation.fields is not None
+    assert [(layer.call, layer.sees) for layer in explanation.fields.layers] == [(1, 9), (2, 25), (3, 49)]
+    assert "c (3rd call)   10×10                 49" in str(explanation)
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -182,6 +238,7 @@ def test_torch_says_nothing_of_its_own_of_a_model_it_cannot_trace(capfd: pytest.
         (lambda: nn.Conv3d(1, 1, 2), (1, 1, 4, 4, 4)),
         (lambda: nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 7)), (1, 5)),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), (1, 1, 4, 4)),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 1, 2)), (1, 16)),
     ],
 )
 @pytest.mark.parametrize("suffix", ["png", "svg"])
@@ -241,7 +298,7 @@ def test_the_fields_of_a_family_against_a_disturbed_input(name: str) -> None:
         made.clear()
         with torch.no_grad():
             model(x)
-        return [made[layer.name][0, :, layer.unit[0], layer.unit[1]] for layer in layers]
+        return [made[layer.name][0, :, layer.place[0], layer.place[1]] for layer in layers]
 
     before = units(x)
     for place in product(*map(range, fields.input_shape)):

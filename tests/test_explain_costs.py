@@ -167,6 +167,32 @@ def test_tied_inputs_share() -> None:
     assert (linear.shared.values, linear.local.values, linear.over) == (6, 27, "8 inputs by 1 values")
 
 
+def test_what_is_not_shared_has_its_own_columns() -> None:
+    """Summing tied inputs first, a layer multiplies less than the same connections not shared."""
+    conv = TiedConv2d([0, 0, 1, 1, -1, 2], 4, 3, padding=1)
+    local = LocallyConnected2d(5, 4, (8, 8), 3, padding=1)
+    said = explain(nn.Sequential(conv), torch.rand(1, 6, 8, 8), shifts=0)
+    (layer,) = said.layers
+    assert (layer.shared.multiply_adds, layer.local.multiply_adds) == (6_912, 11_520)
+    assert layer.local.multiply_adds == products(local.double(), (5, 8, 8))
+    _, computed, *_ = str(said).split("\n\n")
+    assert [line.split()[2:4] for line in computed.splitlines()[2:4]] == [["6,912", "11,520"]] * 2
+
+
+def test_weights_stored_for_taps_on_padding_are_named() -> None:
+    said = explain(nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False), torch.rand(1, 2, 8, 8), shifts=0)
+    assert (said.layers[0].connections, said.layers[0].local.values) == (968, 1152)
+    assert "a kernel of its own at each position, its taps on padding too" in str(said)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_normalised_weight_is_no_tie(norm: Callable[[nn.Module], nn.Module]) -> None:
+    explanation = explain(nn.Sequential(norm(nn.Conv1d(2, 2, 3))), torch.rand(1, 2, 8), shifts=1)
+    assert [(layer.kind, layer.over) for layer in explanation.layers] == [("Conv1d", "6 positions")]
+    assert explanation.fields is not None
+    assert [each.kind for each in (*explanation.fields.layers, *explanation.equivariance)] == ["Conv1d", "Conv1d"]
+
+
 def test_a_layer_tied_in_place_shares() -> None:
     model = nn.Sequential(nn.Linear(6, 2))
     tying.tie_(model, tying.declare(model, labels={("0.weight", Groups.inputs()): [0, 0, 1, 1, -1, -1]}))

@@ -115,6 +115,16 @@ def by_hand(mask: float) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
+def filled_in(m: Any, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x).chunk(3, -1)
+    earlier = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return torch.softmax((q @ k.transpose(1, 2)).masked_fill(~earlier, -1e9), -1) @ v
+
+
+def filled_in_logarithm(m: Any, x: Tensor) -> Tensor:
+    return f.log_softmax(m.linear(x).masked_fill(torch.tensor([False, True, False]), -1e9), -1)
+
+
 def sliding(m: Any, x: Tensor) -> Tensor:
     return f.max_pool1d(f.pad(m.conv(x), (2, 0)), 3, 2, 1, ceil_mode=True)[..., :3] + f.avg_pool1d(
         f.interpolate(x, scale_factor=2), 4
@@ -125,6 +135,8 @@ MIXES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "causal attention": (lambda: Net(causal_attention, qkv=nn.Linear(2, 6)), (1, 4, 2)),
     "causal attention by hand": (lambda: Net(by_hand(float("-inf")), qkv=nn.Linear(2, 6)), (1, 4, 2)),
     "attention, lowest number": (lambda: Net(by_hand(torch.finfo(torch.float64).min), qkv=nn.Linear(2, 6)), (1, 3, 2)),
+    "attention, a number filled in": (lambda: Net(filled_in, qkv=nn.Linear(2, 6)), (1, 4, 2)),
+    "logarithm, a number filled in": (lambda: Net(filled_in_logarithm, linear=nn.Linear(2, 3)), (1, 2, 2)),
     "pools and resampling": (lambda: Net(sliding, conv=nn.Conv1d(2, 2, 2, bias=False)), (1, 2, 6)),
     "strided and dilated": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3, 2, 2, 2), nn.Tanh(), nn.Conv2d(2, 2, 2, groups=2)), (1, 1, 5, 6)
@@ -156,6 +168,9 @@ def test_who_sees_whom_where_places_mix(name: str) -> None:
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "mask": (MIXES["causal attention"][0], lambda: Net(by_hand(0.0), qkv=nn.Linear(2, 6)), (1, 4, 2)),
+    "a number filled in, no mask": (
+        lambda: Net(filled_in, qkv=nn.Linear(2, 6)), lambda: Net(by_hand(0.0), qkv=nn.Linear(2, 6)), (1, 4, 2)
+    ),
     "no mask": (lambda: Net(by_hand(0.0), qkv=nn.Linear(2, 6)), MIXES["causal attention"][0], (1, 4, 2)),
     "dilation": (
         lambda: nn.Conv1d(1, 1, 3, padding=2, dilation=2), lambda: nn.Conv1d(1, 1, 3, padding=1), (1, 1, 7)

@@ -293,8 +293,8 @@ def explain(
 
     Each layer that shares beside the locally connected and the dense layer of the same map: values, operations, bytes.
 
-    Who sees whom: the receptive field of a unit, and the units that an input reaches. And how far each layer's output
-    moves along when the input is shifted: strides, pooling and padding break it.
+    Who sees whom: the inputs that a place of a layer sees, and the places that an input reaches. And how far the output
+    of each layer moves along when the input is shifted: strides, pooling and padding break it.
 
     [bold]Examples[/bold]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from math import ceil, floor
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,9 +16,11 @@ from torch import Tensor, fx, nn
 from tying.explain.calls import Watched, check_finite, copies, watching
 from tying.explain.marks.dependence import Dependence
 from tying.explain.marks.marks import zeros
-from tying.explain.planes import crossed, is_pool, is_spatial, places
+from tying.explain.planes import crossed, is_pool, is_spatial, kind_of, places
 from tying.explain.scales import Grid, Scale, find_scales
 
+CallOf: TypeAlias = "tuple[str, int]"
+"""The name of a module, and which of its calls, from 1 on."""
 NOISE = "for noise as bright as the example, which is shifted; shifts=0 measures none"
 
 
@@ -29,7 +33,8 @@ class Shift:
 
     by: int
     whole: bool
-    """Whether the outputs should move by a whole number of places; if not, the nearer neighbour is compared."""
+    """Whether the outputs should move by a whole number of places; if not, the two whole numbers around it are tried,
+    and the one is kept by which the outputs match better."""
     interior: float | None
     """The largest difference between the shifted output and the output of the shifted input; None: no unit there."""
     border: float | None
@@ -44,6 +49,8 @@ class Equivariance:
 
     name: str
     kind: str
+    call: int
+    """Which of the calls of the module, from 1 on."""
     stride: tuple[float, ...]
     """Of the layer, by dimension; below 1 where it has more places than its input."""
     alone: tuple[Shift, ...]
@@ -53,8 +60,8 @@ class Equivariance:
     through: tuple[Shift, ...]
     """The input of the network is shifted."""
     broken_by: tuple[str, ...]
-    """What breaks it in the layer alone: "stride 2", "pooling by 2", "resampling by 0.5", "padding", or "weights of
-    its own at each place"."""
+    """What breaks it in the layer alone: "stride 2", "pooling by 2", "resampling by 0.5", "padding", "border"
+    (where resampling repeats it), or "weights of its own at each place"."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +91,31 @@ def measure_equivariance(
         [('padding',), ('pooling by 2',)]
     """
     layers = _spatial_layers(model, dependence)
-    if not layers or not inputs[0].is_floating_point():
-        return ()
     x = inputs[0]
-    dimensions = max(len(places(module, x.ndim)) for module, _, _ in layers.values())
+    alike = [module for module, start, _ in layers.values() if _ndim(dependence, start) == x.ndim]
+    if not alike or not x.is_floating_point():  # the input has no places of its own: a vector that is folded, say
+        return ()
+    dimensions = max(len(places(module, x.ndim)) for module in alike)
     scales = find_scales(model, dependence, dimensions)
     seen = _outputs(model, inputs)
-    through = _through(model, dependence, inputs, shifts, {name: end for name, (_, _, end) in layers.items()}, scales)
+    through = _through(model, dependence, inputs, shifts, {call: end for call, (_, _, end) in layers.items()}, scales)
     found: list[Equivariance] = []
-    for name, (module, start, end) in layers.items():
-        if name not in seen or start not in scales or end not in scales:
+    for (name, call), (module, start, end) in layers.items():
+        if (name, call) not in seen or start not in scales or end not in scales:
             continue
         stride: Scale = tuple(
             after / before for before, after in zip(scales[start].scale, scales[end].scale, strict=True)
         )
-        alone, padded = _alone(module, dependence, seen[name], shifts, (start, end), stride)
+        alone, padded = _alone(module, dependence, seen[name, call], shifts, (start, end), stride)
         found.append(
             Equivariance(
                 name=name,
-                kind=type(module).__name__,
+                kind=kind_of(module),
+                call=call,
                 stride=tuple(map(float, stride)),
                 alone=alone,
                 period=scales[end].period,
-                through=through.get(name, ()),
+                through=through.get((name, call), ()),
                 broken_by=_broken_by(module, alone, stride, padded, tolerance(x.dtype)),
             )
         )
@@ -132,25 +141,33 @@ def shifted(x: Tensor, by: int, axis: int) -> Tensor:
     return moved
 
 
-def _spatial_layers(model: nn.Module, dependence: Dependence) -> Mapping[str, tuple[nn.Module, fx.Node, fx.Node]]:
-    """The spatial layers, in the order of their calls, with the nodes of their input and output at the first call."""
+def _ndim(dependence: Dependence, node: fx.Node) -> int:
+    mark = dependence.varies[node]
+    return mark.ndim if isinstance(mark, Tensor) else mark[0].ndim
+
+
+def _spatial_layers(model: nn.Module, dependence: Dependence) -> Mapping[CallOf, tuple[nn.Module, fx.Node, fx.Node]]:
+    """The calls of spatial layers, in their order, with the nodes of their input and output."""
     operands = {step.node: step.operands for step in dependence.steps}
     order = {step.node: place for place, step in enumerate(dependence.steps)}
-    found: dict[str, tuple[nn.Module, fx.Node, fx.Node]] = {}
+    found: dict[CallOf, tuple[nn.Module, fx.Node, fx.Node]] = {}
     for name, module in model.named_modules():
-        if is_spatial(module) and (inside := dependence.first_call(name)):
-            found[name] = module, operands[inside[0]][0], inside[-1]
+        for number, inside in enumerate(dependence.calls_of(name) if is_spatial(module) else (), 1):
+            if inside:
+                found[name, number] = module, operands[inside[0]][0], inside[-1]
     return dict(sorted(found.items(), key=lambda item: order[item[1][2]]))
 
 
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Watched]:
-    """What each spatial layer takes and gives at its first call."""
-    seen: dict[str, Watched] = {}
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[CallOf, Watched]:
+    """What each spatial layer takes and gives, call by call."""
+    seen: dict[CallOf, Watched] = {}
+    calls: Counter[str] = Counter()
 
     def see(name: str, module: nn.Module, call: Watched) -> None:
         if is_spatial(module):
             check_finite(name or type(module).__name__, call.made, NOISE)
-            seen.setdefault(name, call)
+            calls[name] += 1
+            seen[name, calls[name]] = call
 
     with torch.no_grad(), watching(model, see):
         model(*copies(inputs))
@@ -188,28 +205,29 @@ def _through(
     dependence: Dependence,
     inputs: tuple[Tensor, ...],
     shifts: int,
-    layers: Mapping[str, fx.Node],
+    layers: Mapping[CallOf, fx.Node],
     scales: Mapping[fx.Node, Grid],
-) -> dict[str, tuple[Shift, ...]]:
+) -> dict[CallOf, tuple[Shift, ...]]:
     """Shift the input of the network: what every layer has of it, in one pass for each shift and dimension."""
     x, *others = inputs
     dimensions = len(scales[dependence.source].scale)
     before = dependence.forward({dependence.source: zeros(*x.shape)}, edges=True)
-    plain = {name: call.made for name, call in _outputs(model, inputs).items()}
-    parts: dict[str, dict[int, list[_Part]]] = {}
+    plain = {layer: call.made for layer, call in _outputs(model, inputs).items()}
+    parts: dict[CallOf, dict[int, list[_Part]]] = {}
     for by in range(1, shifts + 1):
         for place, to in product(range(dimensions), (by, -by)):
             axis = x.ndim - dimensions + place
             after = dependence.forward({dependence.source: _entered(x, to, axis)}, edges=True)
             moved = _outputs(model, (shifted(x, to, axis), *others))
-            for name, node in layers.items():
-                if node not in scales or name not in plain or plain[name].ndim != x.ndim:
+            for layer, node in layers.items():
+                if node not in scales or layer not in plain or plain[layer].ndim != x.ndim:
                     continue
-                first, second = (_Run(o, _mark(m[node])) for o, m in ((plain[name], before), (moved[name].made, after)))
+                outputs = plain[layer], moved[layer].made
+                first, second = (_Run(o, _mark(m[node])) for o, m in zip(outputs, (before, after), strict=True))
                 grid = scales[node]
                 part = _compare(first, second, axis, to / grid.scale[place], to % grid.period[place] == 0)
-                parts.setdefault(name, {}).setdefault(by, []).append(part)
-    return {name: tuple(_worst(by, each) for by, each in found.items()) for name, found in parts.items()}
+                parts.setdefault(layer, {}).setdefault(by, []).append(part)
+    return {layer: tuple(_worst(by, each) for by, each in found.items()) for layer, found in parts.items()}
 
 
 def _entered(x: Tensor, by: int, axis: int) -> Tensor:
@@ -245,7 +263,8 @@ class _Part:
 def _compare(first: _Run, second: _Run, axis: int, distance: Fraction, whole: bool) -> _Part:
     """Compare the first output, shifted by the distance or the whole numbers around it, with the second.
 
-    A whole number by which no unit is left to compare is none to choose.
+    Of two whole numbers, the one by which they match better, in the interior first. One by which no unit is left to
+    compare is none to choose.
     """
     tried = [_at(first, second, axis, step, whole) for step in sorted({floor(distance), ceil(distance)})]
     compared = [part for part in tried if (part.interior, part.border) != (None, None)]
@@ -287,5 +306,5 @@ def _broken_by(module: nn.Module, alone: Sequence[Shift], stride: Scale, padded:
     if any(shift.whole and (shift.interior or 0) > most for shift in alone):
         reasons.append("weights of its own at each place")
     if padded and any(shift.whole and (shift.border or 0) > most for shift in alone):
-        reasons.append("padding")
+        reasons.append("border" if isinstance(module, nn.Upsample) else "padding")
     return tuple(reasons)

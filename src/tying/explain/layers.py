@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from tying.enforce.ties.bonds import is_expansion
 from tying.errors import TyingError
 from tying.explain import costs
 from tying.explain.calls import Observed
 from tying.explain.costs import Cost, Costs, TiedInputs
 from tying.explain.own import count_connections
-from tying.explain.planes import CONVOLUTIONS, LOCAL, TRANSPOSED, crossed
+from tying.explain.planes import CONVOLUTIONS, LOCAL, TRANSPOSED, crossed, kind_of
 from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
 from tying.wiring.plain import is_plain
 from tying.wiring.windows import Windows
@@ -43,7 +45,8 @@ class Layer:
     """Pairs of an output unit and an input unit that it reads: the entries of the sparse matrix of the map."""
     shared: Cost
     local: Cost
-    """The same connections, each with a value of its own: a locally connected layer at every position and call."""
+    """Nothing shared: a locally connected layer at every call, with a kernel of its own at every position. Taps on
+    padding, which connect nothing, are stored too."""
     dense: Cost
     """Every output unit connected with every input unit, at every call."""
 
@@ -106,7 +109,7 @@ def _layer(
     module, call = called[0]
     return Layer(
         name=first,
-        kind=type(module).__name__.removeprefix("Parametrized"),
+        kind=kind_of(module),
         also=tuple(also),
         calls=len(called),
         inputs=call.inputs,
@@ -126,7 +129,7 @@ def _over(modules: Mapping[str, nn.Module], called: list[tuple[nn.Module, Observ
     tied = _tied(module)
     if tied is not None and tied.classes < tied.read:
         said.append(f"{tied.read} inputs by {tied.classes} values")
-    elif hasattr(module, "parametrizations"):
+    elif any(map(is_expansion, cast("Any", module).parametrizations.values() if is_parametrized(module) else ())):
         said.append("ties")
     if len(modules) > 1:
         said.append(f"{len(modules)} layers")

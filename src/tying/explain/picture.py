@@ -1,4 +1,4 @@
-"""The picture: from above, what the unit in the middle of a layer sees; from below, what an input reaches."""
+"""The picture: from above, what the place in the middle of a layer sees; from below, what an input reaches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tying.errors import TyingError
 from tying.explain.fields import Field, Fields
-from tying.explain.planes import box, crossed, sizes
+from tying.explain.planes import box, called, crossed, extent
 from tying.files.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MOST_PANELS, MOST_LINES = 6, 12
 """Layers in a picture: as panels of images, as lines of signals and sequences."""
 
 
-ABOVE = "From above: what the unit in the middle of a layer sees of the input"
+ABOVE = "From above: what the place in the middle of a layer sees of the input"
 BELOW = "From below: what of a layer the middle of the input (+) reaches"
 
 
@@ -120,7 +120,7 @@ def _from_above(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: 
     height, width = fields.input_place[-2:]  # the place that reaches, in the lower line
     panel.plot([width], [height], marker="+", markersize=7, markeredgewidth=1.6, color=theme.series[1], zorder=6)
     _frame(panel, theme)
-    panel.set_title(f"{_called(layer)}\n{_sizes(layer.sees_box)} of {crossed(fields.input_shape)}")
+    panel.set_title(f"{_called(layer)}\n{extent(layer.sees_box)} of {crossed(fields.input_shape)}")
 
 
 def _from_below(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: NDArray[np.float64] | None) -> None:
@@ -134,7 +134,7 @@ def _from_below(panel: Axes, theme: Theme, fields: Fields, layer: Field, image: 
         for at in range(1, height):
             panel.axhline(at - 0.5, color=theme.grid, linewidth=0.5)
     _frame(panel, theme)
-    panel.set_title(f"{_called(layer)}\n{_sizes(layer.reached_box)} of {crossed(layer.shape)}")
+    panel.set_title(f"{_called(layer)}\n{extent(layer.reached_box)} of {crossed(layer.shape)}")
 
 
 def _lines(fields: Fields, layers: Sequence[Field]) -> Callable[[Figure, Theme], None]:
@@ -145,12 +145,12 @@ def _lines(fields: Fields, layers: Sequence[Field]) -> Callable[[Figure, Theme],
         length = fields.input_shape[0]
         for line, layer in enumerate(layers, 1):
             _strip(above, theme, line, layer.seen, length, theme.series[0])
-            _strip(below, theme, line, layer.reaches, length, theme.series[1])
+            _strip(below, theme, line, layer.reaches.ravel(), length, theme.series[1])
         middle = np.zeros(length, dtype=bool)
         middle[fields.input_place[0]] = True
         _strip(above, theme, 0, np.zeros(length, dtype=bool), length, theme.muted)
         _strip(below, theme, 0, middle, length, theme.ink)
-        above.set_title("From above: what the middle unit of a layer\nsees of the input")
+        above.set_title("From above: what the middle of a layer\nsees of the input")
         below.set_title("From below: what of a layer the middle\nof the input reaches")
         above.set_yticks(range(len(layers) + 1), ["input", *map(_called, layers)])
         for panel in (above, below):
@@ -198,9 +198,6 @@ def _frame(panel: Axes, theme: Theme) -> None:
         spine.set_color(theme.muted)
 
 
-def _sizes(box: Any) -> str:
-    return crossed(sizes(box))
-
-
 def _called(layer: Field) -> str:
-    return f"{layer.name} · {layer.kind}" if layer.name else layer.kind
+    name = called(layer.name, layer.kind, layer.call)
+    return f"{name} · {layer.kind}" if layer.name else name

@@ -1,4 +1,4 @@
-"""Positions: along which dimensions of a tensor its units lie beside each other, and which layers have a picture."""
+"""Places: along which dimensions of a tensor they lie beside each other, and which layers are asked whom they see."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tying.explain.marks.marks import zeros
 from tying.nn import LocallyConnected1d, LocallyConnected2d, TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear
@@ -18,6 +19,22 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, TiedConv1d, TiedConv2d, TiedCon
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LOCAL = (LocallyConnected1d, LocallyConnected2d)
 SPATIAL = (*CONVOLUTIONS, *TRANSPOSED, *LOCAL)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before its weights were computed by parametrizations."""
+    return type_before_parametrizations(module).__name__
+
+
+def called(name: str, kind: str, call: int) -> str:
+    """Return what one call of a module is called; the model has no name, but a kind.
+
+    Example:
+        >>> called("conv", "Conv2d", 1), called("conv", "Conv2d", 3), called("", "Conv2d", 1)
+        ('conv', 'conv (3rd call)', 'Conv2d')
+    """
+    ending = "th" if call % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(call % 10, "th")
+    return (name or kind) + (f" ({call}{ending} call)" if call > 1 else "")
 
 
 def is_pool(module: nn.Module) -> bool:
@@ -36,14 +53,14 @@ def is_spatial(module: nn.Module) -> bool:
 
 
 def is_looked_at(module: nn.Module) -> bool:
-    """Whether units of a module are asked whom they see: of all that connects units of different places."""
+    """Whether places of a module are asked whom they see: of all that connects different places."""
     return is_spatial(module) or isinstance(module, nn.Linear | TiedLinear | nn.Embedding | nn.MultiheadAttention)
 
 
 def places(module: nn.Module, ndim: int, *, of_input: bool = False) -> Axes:
-    """Return the dimensions of a module's output (or input) along which its units lie; over the others are channels.
+    """Return the dimensions of a module's output (or input) along which its places lie; over the others are channels.
 
-    Of a sequence `(N, L, E)` the positions, of what has neither, `(N, E)`, the units themselves.
+    Of a sequence `(N, L, E)` the positions; of what has neither, `(N, E)`, every number is a place.
 
     Example:
         >>> places(nn.Conv2d(1, 1, 3), 4), places(nn.Linear(4, 4), 3), places(nn.Linear(4, 4), 2)
@@ -94,9 +111,14 @@ def box(seen: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple(zip(at.amin(0).tolist(), (at.amax(0) + 1).tolist(), strict=True))
 
 
-def sizes(box_: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """Return how long a box is in each dimension."""
-    return tuple(last - first for first, last in box_)
+def extent(box_: tuple[tuple[int, int], ...]) -> str:
+    """Return how long a box is in each dimension, as words.
+
+    Example:
+        >>> extent(((0, 2), (1, 6)))
+        '2×5'
+    """
+    return crossed(last - first for first, last in box_)
 
 
 def shape_of(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from tying import words
 from tying.errors import TyingError
 from tying.explain.costs import NOTHING, Cost
 from tying.explain.equivariance import Equivariance, Shift
-from tying.explain.fields import Box, Field, Fields
+from tying.explain.fields import Field, Fields
 from tying.explain.layers import Layer
-from tying.explain.planes import crossed, sizes
+from tying.explain.planes import called, crossed, extent
 from tying.inspect.table import aligned
 
 EQUAL = 2e-5
@@ -61,7 +61,7 @@ class Explanation:
 
     @property
     def can_be_drawn(self) -> bool:
-        """Whether there are units that see each other."""
+        """Whether there are places that see each other."""
         return self.fields is not None and bool(self.fields.layers)
 
     def to_json(self) -> str:
@@ -83,7 +83,7 @@ class Explanation:
 
         if self.fields is None or not self.fields.layers:
             raise TyingError(
-                f"{self.model}: expected a model whose units see each other, got "
+                f"{self.model}: expected a model whose places see each other, got "
                 f"{self.untraced or 'no layer that connects places'}; there is nothing to draw"
             )
         return draw(self.fields, self.image, path)
@@ -106,7 +106,8 @@ def _stored(of: Explanation) -> str:
         name = " ~ ".join((layer.name or of.model, *layer.also))
         lines.append((name, layer.over, *_three("values", layer), *_three("bytes", layer)))
     lines.append(("total", "", *_three("values", of), *_three("bytes", of)))
-    return "\n".join(["What is stored:", *aligned(lines, texts=2)])
+    note = "not shared: a kernel of its own at each position, its taps on padding too."
+    return "\n".join(["What is stored:", *aligned(lines, texts=2), note])
 
 
 def _three(what: str, of: Layer | Explanation) -> list[str]:
@@ -117,15 +118,14 @@ def _three(what: str, of: Layer | Explanation) -> list[str]:
 def _computed(of: Explanation) -> str:
     if not of.layers:
         return ""
-    lines: list[tuple[str, ...]] = [("layer", "connections", "multiply-adds", "dense", "operations", "dense")]
-    for name, connections, shared, dense in (
-        *((layer.name or of.model, layer.connections, layer.shared, layer.dense) for layer in of.layers),
-        ("total", sum(layer.connections for layer in of.layers), of.shared, of.dense),
-    ):
-        adds = (shared.multiply_adds, dense.multiply_adds)
-        numbers = (connections, *adds, shared.operations, dense.operations)
-        lines.append((name, *map(words.count, numbers)))
-    note = "operations: multiplications and additions. Not shared, there are as many, for as many connections."
+    heads = ("layer", "connections", "multiply-adds", "not shared", "dense", "operations", "not shared", "dense")
+    lines: list[tuple[str, ...]] = [heads]
+    for layer in of.layers:
+        numbers = (*_three("multiply_adds", layer), *_three("operations", layer))
+        lines.append((layer.name or of.model, words.count(layer.connections), *numbers))
+    connections = words.count(sum(layer.connections for layer in of.layers))
+    lines.append(("total", connections, *_three("multiply_adds", of), *_three("operations", of)))
+    note = "operations: multiplications and additions. Products with padding are formed, but connect nothing."
     return "\n".join(["What is computed, for one sample:", *aligned(lines, texts=1), note])
 
 
@@ -135,7 +135,7 @@ def _seen(fields: Fields | None) -> str:
     heads = ("layer", "places", "sees of the input", "within", "an input reaches", "within")
     lines = [heads, *map(_field_line, fields.layers)]
     text = [
-        f"Who sees whom, of {crossed(fields.input_shape)} inputs (the unit and the input in the middle):",
+        f"Who sees whom, of {crossed(fields.input_shape)} inputs (the middle of the layer, the middle of the input):",
         *aligned(lines, texts=1),
     ]
     if fields.inexact:
@@ -145,25 +145,23 @@ def _seen(fields: Fields | None) -> str:
 
 def _field_line(each: Field) -> tuple[str, ...]:
     seen, reached = words.count(each.sees), words.count(each.reached)
-    return each.name or each.kind, crossed(each.shape), seen, _box(each.sees_box), reached, _box(each.reached_box)
-
-
-def _box(box: Box) -> str:
-    return crossed(sizes(box))
+    name = called(each.name, each.kind, each.call)
+    return name, crossed(each.shape), seen, extent(each.sees_box), reached, extent(each.reached_box)
 
 
 def _moved(layers: Sequence[Equivariance]) -> str:
     if not layers:
         return ""
     most = max((shift.by for layer in layers for shift in layer.alone), default=0)
-    lines = [("layer", "broken by", "stride", "interior", "border", "between", "from input", "interior", "border")]
+    each_part = ("interior", "border")
+    lines = [("layer", "broken by", "stride", *each_part, "between", "border", "from input", *each_part)]
     lines += [
         (
-            each.name or each.kind,
+            called(each.name, each.kind, each.call),
             ", ".join(each.broken_by) or "nothing",
             crossed([f"{s:g}" for s in dict.fromkeys(each.stride)]),
             *_worst(each.alone),
-            _worst(each.alone, whole=False)[0],
+            *_worst(each.alone, whole=False),
             crossed(list(dict.fromkeys(each.period))),
             *_worst(each.through),
         )
@@ -174,8 +172,8 @@ def _moved(layers: Sequence[Equivariance]) -> str:
             f"How far outputs move with the input, shifted by 1 to {most}:",
             *aligned(lines, texts=2),
             "The largest difference, as a part of the largest output, where no padding is seen (interior) and where it",
-            "is (border): of a layer whose own input moves by whole strides; by parts of them (between); and when the",
-            "input of the network moves by multiples of what stands under from input.",
+            "is (border): of a layer whose own input moves by whole strides; by parts of them (between: interior, and",
+            "border); and when the input of the network moves by multiples of what stands under from input.",
         ]
     )
 

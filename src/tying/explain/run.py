@@ -31,9 +31,9 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
     connected layer, and beside the dense layer of the same map: values stored, multiply-adds, operations, bytes, in
     closed form and for one sample. Source: Goodfellow, Bengio, Courville, *Deep Learning*, 9.2.
 
-    *Who sees whom*, for the whole network and exactly: from above, which inputs the unit in the middle of a layer
-    depends on; from below, which of its units the input in the middle reaches. Found in the exported graph: what is
-    connected counts, whatever the values; weights that are zero connect nothing.
+    *Who sees whom*, for the whole network and exactly: from above, which inputs the place in the middle of a layer
+    depends on, the receptive field of its units; from below, which of its places the input in the middle reaches. Found
+    in the exported graph: what is connected counts, whatever the values; weights that are zero connect nothing.
 
     *Equivariance*, measured: noise (as bright as the example) is shifted by 1 … `shifts` places, and each spatial
     layer's output is compared with its shifted output, in the interior and where units see padding.

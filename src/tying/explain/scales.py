@@ -1,4 +1,4 @@
-"""How far apart two neighbouring units of a layer look at the input: the product of the strides on the way."""
+"""How far apart two neighbouring places of a layer look at the input: the product of the strides on the way."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Scale: TypeAlias = "tuple[Fraction, ...]"
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the units of a layer stand on the input of the network, by spatial dimension."""
+    """Where the places of a layer stand on the input of the network, by spatial dimension."""
 
     scale: Scale
-    """How many places of the input lie between two neighbouring units."""
+    """How many places of the input lie between two neighbouring ones."""
     period: tuple[int, ...]
     """By how many places the input has to move for all layers on the way to move by whole strides: what was thinned
     out once, only to be blown up again later, does not come back."""
 
 
 def find_scales(model: nn.Module, dependence: Dependence, dimensions: int) -> Mapping[fx.Node, Grid]:
-    """Return where the units of every value stand on the input, by node; none for what has no places.
+    """Return where the places of every value stand on the input, by node; none for what has no places.
 
     Args:
         model: The model.

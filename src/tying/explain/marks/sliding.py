@@ -12,7 +12,19 @@ from torch.nn import functional
 
 from tying.channels.graph import Call
 from tying.channels.operations import WINDOWS
-from tying.explain.marks.marks import Known, Marks, Rule, Spread, each, everywhere, execute, known_in, ones, present
+from tying.explain.marks.marks import (
+    Known,
+    Marks,
+    Rule,
+    Spread,
+    each,
+    everywhere,
+    execute,
+    known_in,
+    ones,
+    present,
+    zeros,
+)
 
 
 def convolution(call: Call) -> Rule:
@@ -68,8 +80,10 @@ def window(call: Call) -> Rule:
     """Every output of a pool depends on what is in its window."""
     value = call["self"] if call["self"] is not None else call["input"]
     dims = int(WINDOWS.sub(r"\1", call.name))
-    if not isinstance(value, Known) or "bicubic" in call.name:
+    if not isinstance(value, Known):
         return Rule(everywhere(call, known_in(list(call.arguments.values()))), exact=False)
+    if "pool" not in call.name:
+        return _resampling(call, value, dims)
     several = isinstance(call.node.meta.get("val"), list | tuple)
     if "adaptive" in call.name:
         pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
@@ -80,8 +94,6 @@ def window(call: Call) -> Rule:
             return [made, made] if several else made
 
         return Rule(adaptive)
-    if "pool" not in call.name:
-        return Rule(lambda marks: execute(call, marks))
     sum_windows = _summing(call, dims)
 
     def pooled(marks: Marks) -> Any:
@@ -91,6 +103,27 @@ def window(call: Call) -> Rule:
     one = ones(*value.value.shape)
     edge = (sum_windows(one, 0.0) < sum_windows(one, 1.0)).float()
     return Rule(pooled, edge=edge)
+
+
+def _resampling(call: Call, value: Known, dims: int) -> Rule:
+    """Every output depends on the places around its own; at the border, some of these would lie outside."""
+    edge: Tensor | None = None
+    if "nearest" not in call.name and not call["align_corners"]:
+        factors = call["scale_factors"]
+        edge = zeros(*call.shape[-dims:])
+        for axis, (before, after) in enumerate(zip(value.value.shape[-dims:], call.shape[-dims:], strict=True)):
+            step = 1 / factors[axis] if factors else before / after
+            at = (torch.arange(after, dtype=torch.float64) + 0.5) * step - 0.5
+            # a whole number of places reads one place; between two, linear kernels read both, cubic ones one more
+            reads = 1 if "cubic" in call.name else 0
+            whole = (at - at.round()).abs() < 1e-6
+            outside = (at.floor() < reads) | (at.ceil() > before - 1 - reads)
+            outside = torch.where(whole, (at.round() < 0) | (at.round() > before - 1), outside)
+            lines = [1] * axis + [after] + [1] * (dims - axis - 1)
+            edge = torch.maximum(edge, outside.float().reshape(lines))
+    if "bicubic" in call.name:
+        return Rule(everywhere(call, [value]), edge=edge, exact=False)
+    return Rule(lambda marks: execute(call, marks), edge=edge)
 
 
 def _summing(call: Call, dims: int) -> Callable[[Tensor, float], Tensor]:

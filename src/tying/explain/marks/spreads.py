@@ -144,12 +144,19 @@ def _group_norm(call: Call) -> Rule:
 
 
 def _softmax(call: Call) -> Rule:
-    """All along the dimension, but what is minus infinity: it is masked, and has no say."""
+    """All along the dimension, but what is masked, and has no say.
+
+    Masked is what is minus infinity, or close to the lowest number; and what does not vary, and comes out as exactly
+    zero: a finite number filled in. One that is added varies with what it is added to.
+    """
     value, dim = call["self"], int(call["dim"])
-    alive = (value.value > torch.finfo(value.value.dtype).min / 4).float()
+    given = value.value
+    present = given > torch.finfo(given.dtype).min / 4
+    heard = (present & (value.varies | (torch.softmax(given, dim) != 0))).float()
+    changes = present.float() if "log" in call.name else heard  # a logarithm moves along with the others
 
     def spread(marks: Marks) -> Tensor:
-        return (marks[id(value)] * alive).sum(dim, keepdim=True) * alive
+        return (marks[id(value)] * heard).sum(dim, keepdim=True) * changes
 
     return Rule(spread)
 
