@@ -42,9 +42,10 @@ def change(model: nn.Module, slices: Sequence[Slice], seed: int | None) -> None:
 
 
 def check_readers_are_all(model: nn.Module, x: Tensor, channels: Channels) -> None:
-    """Once its readers are zero, nothing depends on what makes a channel."""
+    """Once its readers are zero, nothing depends on what makes a channel: one that can go, or has only its place."""
     for channel in channels:
-        if channel.blocked is None:
+        assert channel.only_read or channel.blocked, channel
+        if channel.only_read:
             silent, disturbed = copy.deepcopy(model), copy.deepcopy(model)
             change(disturbed, channel.makers, seed=1)
             for each in (silent, disturbed):

@@ -159,7 +159,9 @@ def test_a_forgotten_bias_fails_the_laws(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_free_outputs_fail_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
     block = Ledger.block
     monkeypatch.setattr(
-        Ledger, "block", lambda self, of, why: None if why == "an output of the model" else block(self, of, why)
+        Ledger,
+        "block",
+        lambda self, of, why, **how: None if why == "an output of the model" else block(self, of, why, **how),
     )
     with pytest.raises(AssertionError):
         law("mlp")

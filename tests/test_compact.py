@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.channels.constants import Constants, Reading, constants_of
-from tying.channels.find import Channel, Channels, Slice, channels_of
+from tying.channels.find import Channels, Slice, channels_of
 from tying.channels.graph import Graph
 from tying.enforce.compaction.compact import compact, plan_compaction
 from tying.enforce.ties.tie import tie_
@@ -466,7 +467,7 @@ def wrong_flatten_indices(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, T
                 Slice(s.parameter, s.axis, tuple(range(s.indices[0] // 4, 24, 6))) if len(s.indices) == 4 else s
                 for s in channel.readers
             )
-            channels.append(Channel(channel.makers, readers, channel.blocked))
+            channels.append(dataclasses.replace(channel, readers=readers))
         return Channels(tuple(channels))
 
     monkeypatch.setattr(module_under_test, "channels_of", interleaved)
@@ -479,7 +480,7 @@ def wrong_flatten_indices(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, T
 def forgets_to_cut_a_reader(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, TiePlan, tuple[Tensor, ...]]:
     def blind(graph: Graph) -> Channels:
         found = channels_of(graph)
-        return Channels(tuple(Channel(c.makers, c.readers[:1], c.blocked) for c in found))
+        return Channels(tuple(dataclasses.replace(c, readers=c.readers[:1]) for c in found))
 
     monkeypatch.setattr(module_under_test, "channels_of", blind)
     plan = TiePlan([Tie.of("one.weight", Groups.inputs(), [-1, *range(8)])])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from tying.channels import operations
+from tying.channels.averages import are_shares, attended, differing
 from tying.channels.facts import TABLES, Fact, read_in_part, run
 from tying.channels.find import trace
 from tying.channels.graph import Call, Graph, export
@@ -162,7 +163,7 @@ def _computed(graph: Graph, inputs: Sequence[Any]) -> Iterator[Call]:
 def _fact(tensor: Any, varies: bool) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor
-    return Fact(_double(tensor.detach().cpu()), torch.full(tensor.shape, varies))
+    return Fact(_double(tensor.detach().cpu()), torch.full(tensor.shape, varies), varies)
 
 
 def _double(value: Tensor) -> Tensor:
@@ -174,13 +175,15 @@ def _apply(call: Call) -> Any:
         return call["0"][call["1"]]
     if not any(isinstance(out, Tensor) for out in call.outputs):
         return None
+    given = _facts(list(call.arguments.values()))
+    sized = not given or any(fact.sized for fact in given)
     try:
         values = run(call, lambda fact: fact.value)
         masks = _varying(call)
-        facts = [Fact(_double(v), m.expand(v.shape)) for v, m in zip(values, masks, strict=True)]
+        facts = [Fact(_double(v), m.expand(v.shape), sized) for v, m in zip(values, masks, strict=True)]
     except Exception:  # what can't be computed here is not proven constant: default deny
         shapes = [tuple(out.shape) for out in call.outputs]
-        facts = [Fact(torch.zeros(shape), torch.ones(shape, dtype=torch.bool)) for shape in shapes]
+        facts = [Fact(torch.zeros(shape), torch.ones(shape, dtype=torch.bool), sized) for shape in shapes]
     return facts if isinstance(call.node.meta.get("val"), list | tuple) else facts[0]
 
 
@@ -192,10 +195,21 @@ def _varying(call: Call) -> list[Tensor]:
         return everything
     if call.name in TABLES and (read := read_in_part(call, facts)) is not None:
         return read
+    if call.name in operations.ADDING_UP and any(fact.sized for fact in facts):
+        return _added_up(call, facts)
     if not any(bool(fact.varies.any()) for fact in facts):
         return [~mask for mask in everything]
     mask = _mask_for(call)
     return everything if mask is None else [m > 0 for m in mask(call, facts)]
+
+
+def _added_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """A sum of zeros is zero; of anything else it may vary, with how many there are."""
+    if call.name not in ("sum", "cumsum", "linalg_vector_norm"):
+        return [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
+    present = [replace(fact, varies=fact.present > 0) for fact in facts]
+    one = {name: present[0] if isinstance(given, Fact) else given for name, given in call.arguments.items()}
+    return [mask > 0 for mask in MASKS[call.name](replace(call, arguments=one), present)]
 
 
 def _draws(call: Call) -> bool:
@@ -260,7 +274,7 @@ def _meets_border(call: Call, weight: Fact) -> bool:
 
 
 def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
-    """A product varies where one factor does and the other is not zero."""
+    """A product varies where one factor does and the other is not zero; or, of shares, is not the same throughout."""
     left, right = FACTORS.get(call.name, ("input", "weight"))
     one, two = call[left], call[right]
     if not isinstance(one, Fact) or not isinstance(two, Fact):
@@ -271,7 +285,9 @@ def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     if call.name == "addmm":
         added = {"self": torch.zeros(1, dtype=torch.float64), "alpha": 1, "beta": 1}
     total = torch.zeros(1, dtype=torch.float64)
-    for first, second in ((one.varies.double(), two.present), (one.present, two.varies.double())):
+    mean = call.name in ("matmul", "mm", "bmm") and two.value.ndim > 1 and are_shares(call.node.args[0])
+    there = differing(two).expand(two.value.shape) if mean else two.present
+    for first, second in ((one.varies.double(), there), (one.present, two.varies.double())):
         if bool((first != 0).any()) and bool((second != 0).any()):
             total = total + call.run(lambda item: item, **added, **{left: first, right: second})
     return [total]
@@ -301,15 +317,6 @@ def _normed(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     if _others_vary(value, facts):
         return [torch.ones(1)]
     return [value.present * (weight.present if isinstance(weight, Fact) else 1)]
-
-
-def _attended(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
-    """A weighted mean of the values: zero where all of them are."""
-    value, query = call["value"], call["query"]
-    mask = value.present.amax(-2, keepdim=True)
-    if call["enable_gqa"] and value.value.ndim > 2:
-        mask = mask.repeat_interleave(query.value.shape[-3] // mask.shape[-3], -3)
-    return [mask]
 
 
 def _others_vary(value: Fact, facts: Sequence[Fact]) -> bool:
@@ -352,7 +359,7 @@ MASKS: dict[str, Mask] = {
     "prelu": _sloped,
     "batch_norm": _scaled,
     "rms_norm": _normed,
-    "scaled_dot_product_attention": _attended,
+    "scaled_dot_product_attention": attended,
     "_native_batch_norm_legit_no_training": _scaled,
     **dict.fromkeys(FACTORS, _product),
     **dict.fromkeys(operations.IDENTITIES | operations.MOVES | operations.CUTS, _moved),

@@ -21,6 +21,8 @@ class Fact:
 
     value: Tensor
     varies: Tensor
+    sized: bool = False
+    """Whether it has sizes of the input: what is summed up along them depends on how long they are."""
 
     @property
     def present(self) -> Tensor:

@@ -67,6 +67,9 @@ class Channel:
     output: bool = False
     """Whether its numbers are an output of the model: then it has a place there that others rely on, whatever else
     blocks it."""
+    only_read: bool = False
+    """Whether nothing but what `readers` reads of it is felt, blocked or not: where they are zero, whatever makes it
+    may change. It may have a place that can't go, as beside an input of the model that it is added to."""
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -203,6 +206,7 @@ def channels_of(graph: Graph) -> Channels:
             settled.lost[c],
             tuple(sorted(settled.unless.get(c, ()))),
             c in leaving,
+            c not in settled.felt and c not in leaving,
         )
         for c in order
     }
@@ -267,7 +271,7 @@ def _trace(graph: Graph) -> Tracer:
     for name in graph.unread:
         tracer.block(ledger.weight(name, is_buffer=False), "it feeds a computation whose result forward drops")
     for name, axis, reason in graph.fixed:
-        ledger.block(ledger.weight(name, is_buffer=False).axes[axis], reason)
+        ledger.block(ledger.weight(name, is_buffer=False).axes[axis], reason, felt=False)
     for call in graph.calls(values):
         values[call.node] = apply(tracer, call)
     for value in values_in([values.get(node) for node in graph.outputs()]):

@@ -63,6 +63,8 @@ class Settled:
     """Why what depends on it is not known in full, if so."""
     unless: dict[int, set[int]]
     """The RMSNorms that block a channel, and nothing else, by channel."""
+    felt: frozenset[int]
+    """The channels that more than their readers may feel."""
 
 
 class Ledger:
@@ -84,6 +86,7 @@ class Ledger:
         self.reads: list[Array] = []
         self._pairs: list[Array] = []
         self._blocks: list[tuple[Array, str]] = []
+        self._felt: list[Array] = []
         self._unless: list[tuple[Array, str, int]] = []
         self._lost: list[tuple[Array, str]] = []
         self._summaries: list[tuple[Array, Array, str]] = []
@@ -106,7 +109,7 @@ class Ledger:
         count = int(np.prod(shape, dtype=np.int64))
         labels = torch.arange(self.size, self.size + count).reshape(tuple(shape))
         self.size += count
-        self.block(labels, reason)
+        self.block(labels, reason, felt=False)
         return labels
 
     def unite(self, left: Tensor, right: Tensor) -> None:
@@ -117,11 +120,14 @@ class Ledger:
             pairs = _distinct(a[differ] * self.size + b[differ])
             self._pairs.append(np.stack(np.divmod(pairs, self.size)))
 
-    def block(self, labels: Tensor, reason: str, *, unless: int | None = None) -> None:
+    def block(self, labels: Tensor, reason: str, *, unless: int | None = None, felt: bool = True) -> None:
         """Say why these can't be removed; the first reason given is the one reported.
 
-        With `unless`, the number of an RMSNorm, they can where they are zero, if nothing else blocks them.
+        With `unless`, the number of an RMSNorm, they can where they are zero, if nothing else blocks them. Not `felt`:
+        only their place is needed, and whatever number stands there, nothing feels it but what reads them.
         """
+        if felt:
+            self._felt.append(unique(labels))
         if unless is None:
             self._blocks.append((unique(labels), reason))
         else:
@@ -213,7 +219,10 @@ class Ledger:
             for index in _distinct(classes[labels]).tolist():
                 if index in free:
                     unless.setdefault(index, set()).add(number)
-        return Settled(classes, reasons, self._losses(classes, gone), unless)
+        losses = self._losses(classes, gone)
+        felt = {index for labels in self._felt for index in classes[labels].tolist()}
+        felt |= {index for index, reason in enumerate(losses) if reason is not None}
+        return Settled(classes, reasons, losses, unless, frozenset(felt))
 
     def _losses(self, classes: Array, gone: Sequence[tuple[Array, str]]) -> list[str | None]:
         """Return, for every channel, why what depends on it is not known in full, if so."""

@@ -33,5 +33,7 @@ PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self",
 """The names of the two factors."""
 REDUCTIONS = _names("mean sum amax amin max min std var prod linalg_vector_norm logsumexp all any")
 COUPLED = _names("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp")
+ADDING_UP = COUPLED | _names("sum prod linalg_vector_norm logsumexp")
+"""What depends on how many numbers there are, though all are constant."""
 CHANNELWISE_NORMS = _names("batch_norm _native_batch_norm_legit_no_training instance_norm")
 COUPLED_NORMS = _names("layer_norm group_norm rms_norm")

@@ -16,6 +16,7 @@ from tying.channels.attention import product, scaled_dot_product_attention
 from tying.channels.einsum import einsum
 from tying.channels.graph import Call
 from tying.channels.labels import Value, Weight, squash, unique, varies
+from tying.channels.moves import move, shuffle
 from tying.channels.norms import channelwise_norm, coupled_norm, group_norm, mean_square
 from tying.channels.operations import (
     CHANNELWISE_NORMS,
@@ -81,21 +82,6 @@ def identity(tracer: Tracer, call: Call) -> Value:
 def getitem(tracer: Tracer, call: Call) -> Any:
     """Take one of several outputs."""
     return call["0"][call["1"]]
-
-
-def move(tracer: Tracer, call: Call) -> Any:
-    """Execute the operation on the labels; a parameter that moves alone stays a parameter."""
-    operands = values_in(list(call.arguments.values()))
-    weight = operands[0]
-    if len(operands) == 1 and isinstance(weight, Weight):
-        if not weight.axes:
-            return tracer.labels(weight, call)
-        moved = [_execute(call, {id(weight): labels}) for labels in weight.axes]
-        if isinstance(moved[0], Tensor):
-            return Weight(weight.name, tuple(moved), weight.is_buffer, moved=True)
-        parts: list[Any] = list(zip(*moved, strict=True))
-        return [Weight(weight.name, part, weight.is_buffer, moved=True) for part in parts]
-    return _execute(call, {id(value): tracer.labels(value, call) for value in operands})
 
 
 def expand(tracer: Tracer, call: Call) -> Any:
@@ -356,6 +342,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(IDENTITIES, identity),
     **dict.fromkeys(MOVES, move),
     "expand": expand,
+    "channel_shuffle": shuffle,
+    "pixel_shuffle": shuffle,
     **dict.fromkeys(CUTS, cut),
     **dict.fromkeys(ELEMENTWISE, pointwise),
     **dict.fromkeys(REDUCTIONS, reduction),
@@ -366,12 +354,6 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": scaled_dot_product_attention,
 }
 """By name of the operation; convolutions, windows and what PyTorch tags as pointwise are found by `rule_for`."""
-
-
-def _execute(call: Call, replaced: dict[int, Tensor]) -> Any:
-    """Run the operation with label tensors in the place of its operands."""
-    result = call.run(lambda item: replaced.get(id(item), item))
-    return list(result) if isinstance(result, list | tuple) else result
 
 
 def _resized(labels: Tensor, dim: int, length: int) -> list[int]:

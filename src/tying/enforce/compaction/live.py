@@ -47,14 +47,14 @@ class Network:
         """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
         known = self._zero.setdefault(name, {})
         if axis not in known:
-            present = self._presence(name) if axis < 2 else (self.values[name] != 0).cpu()
+            present = self.presence(name) if axis < 2 else (self.values[name] != 0).cpu()
             for other, live in enumerate(self.live[name][: present.ndim]):
                 if other != axis and not bool(live.all()):
                     present = present.index_select(other, torch.nonzero(live).flatten())
             known[axis] = ~present.movedim(axis, 0).reshape(present.shape[axis], -1).any(1).numpy()
         return known[axis]
 
-    def _presence(self, name: str) -> Tensor:
+    def presence(self, name: str) -> Tensor:
         """What is not zero, bool, on the CPU: all axes from the third on, as of kernels, count as one number."""
         if name not in self._present:
             present = (self.values[name] != 0).cpu()

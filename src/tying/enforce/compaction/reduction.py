@@ -20,6 +20,7 @@ from tying.enforce.compaction.live import READERS, Network, everything_pruned
 from tying.enforce.compaction.norms import zero_or_why
 from tying.enforce.compaction.sizes import changed_sizes, last_ones, scale_norms
 from tying.enforce.compaction.surgery import check_has_tied_twin
+from tying.enforce.compaction.unfelt import unfelt
 from tying.enforce.held import names_of
 from tying.errors import CompactError
 from tying.plan import Tie, TiePlan
@@ -117,10 +118,12 @@ def _decided(model: nn.Module, channels: Channels, constants: Constants, refused
     """Block the channels that are refused, and let go those that are zero where an RMSNorm takes their mean."""
     decided: dict[int, Channel] = {}
     for number, channel in enumerate(channels):
-        blocked = refused.get(number) or channel.blocked
+        blocked, only_read = refused.get(number) or channel.blocked, channel.only_read
         if channel.norms and number not in refused:
             blocked = zero_or_why(model, channels, constants, channel)
-        decided[id(channel)] = channel if blocked == channel.blocked else replace(channel, blocked=blocked)
+            only_read = blocked is None and bool(channel.readers)  # the norm feels it no more, once it goes
+        same = (blocked, only_read) == (channel.blocked, channel.only_read)
+        decided[id(channel)] = channel if same else replace(channel, blocked=blocked, only_read=only_read)
     counted = [
         replace(each, channels=tuple(None if c is None else decided[id(c)] for c in each.channels))
         for each in channels.counted
@@ -129,11 +132,14 @@ def _decided(model: nn.Module, channels: Channels, constants: Constants, refused
 
 
 def _fold(network: Network, channels: Channels, constants: Constants) -> tuple[list[Channel], dict[int, str]]:
-    """Give every constant channel to its readers' biases. Returns those, and why others can't be, by id."""
+    """Give every constant channel to its readers' biases. Returns those, and why others can't be, by id.
+
+    One that has to stay, too, where nothing else feels it: what it is made of may go then.
+    """
     folded: list[Channel] = []
     reasons: dict[int, str] = {}
     for channel in channels:
-        if channel.blocked or not channel.readers or network.unread(channel):
+        if (channel.blocked and not channel.only_read) or not channel.readers or network.unread(channel):
             continue
         found = _foldable(network, channel, constants)
         if isinstance(found, str):
@@ -207,14 +213,9 @@ def _give_to_bias(network: Network, part: Slice, index: int, value: float) -> No
 
 
 def _remove_unread(network: Network, channels: Channels) -> list[Channel]:
-    """Remove the channels that nobody reads, to the fixed point: a unit that goes no longer reads its own inputs."""
-    waiting = [channel for channel in channels if channel.readers and not channel.blocked]
-    removed: list[Channel] = []
-    while gone := [channel for channel in waiting if network.unread(channel)]:
-        network.remove(part for channel in gone for part in channel.slices)
-        removed += gone
-        ids = {id(channel) for channel in gone}
-        waiting = [channel for channel in waiting if id(channel) not in ids]
+    """Remove the channels that nothing feels: not the outputs, nor a unit that an output feels."""
+    removed = [c for c in unfelt(network, channels) if c.readers and not c.blocked]
+    network.remove(part for channel in removed for part in channel.slices)
     return removed
 
 
