@@ -202,6 +202,11 @@ def test_weights_that_are_zero_connect_nothing() -> None:
     assert found(dependence, backwards=True).tolist() == [[True, False, True], [True, True, True]]
 
 
+def test_a_constant_that_the_example_outweighs_is_no_mask() -> None:
+    model = Net(lambda _, x: torch.softmax(torch.cat([torch.zeros_like(x), 1e4 * x], 1), 1))
+    law_dependence(model, torch.ones(1, 1), find_dependence(model, torch.ones(1, 1)))
+
+
 def test_the_dense_layer_that_a_convolution_hard_wires_sees_what_the_convolution_sees() -> None:
     conv = positive(nn.Conv2d(1, 2, 3, stride=2, padding=1))
     x = torch.randn(1, 1, 5, 6, dtype=torch.float64)

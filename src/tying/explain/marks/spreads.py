@@ -146,13 +146,15 @@ def _group_norm(call: Call) -> Rule:
 def _softmax(call: Call) -> Rule:
     """All along the dimension, but what is masked, and has no say.
 
-    Masked is what is minus infinity, or close to the lowest number; and what does not vary, and comes out as exactly
-    zero: a finite number filled in. One that is added varies with what it is added to.
+    Masked is what is minus infinity, or close to the lowest number; and what does not vary and comes out as exactly
+    zero, beside the others and beside a zero: a finite number filled in. One that is added varies with what it is added
+    to.
     """
     value, dim = call["self"], int(call["dim"])
     given = value.value
     present = given > torch.finfo(given.dtype).min / 4
-    heard = (present & (value.varies | (torch.softmax(given, dim) != 0))).float()
+    counts = (torch.softmax(given, dim) != 0) | (given.exp() != 0)  # a zero that is outweighed here is no mask
+    heard = (present & (value.varies | counts)).float()
     changes = present.float() if "log" in call.name else heard  # a logarithm moves along with the others
 
     def spread(marks: Marks) -> Tensor:
