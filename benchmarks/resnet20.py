@@ -4,8 +4,9 @@
 
 Split 45,000 / 5,000 / 10,000; images padded by 4, cropped and flipped; bfloat16 in autocast. Every network is trained
 for EPOCHS_ONE epochs and then, as it is, compacted or tied, for EPOCHS_TWO more, from a learning rate that each method
-chooses for seed 0 by validation accuracy (what lost much needs a high one, what lost little a low one). The test split
-is looked at by the networks after their last epoch, and nothing is chosen by it.
+chooses for seed 0 by validation accuracy (what lost much needs a high one, what lost little a low one); or the dense
+network of both stages is tied at last, and trained no more. The test split is looked at by finished networks, and
+nothing is chosen by it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -48,9 +50,12 @@ DECAY = 5e-4
 STRENGTH = 5e-4
 RATIO = 4.0
 VALUES = 64
-TIED, SINGLE, NARROW = "tied, GrOWL before", "single weights tied", "narrow dense"
-CONTROLS = ("tied, no penalty before", "pruned only", NARROW)
-METHODS = ("dense", SINGLE, TIED, *CONTROLS)
+DENSE, NARROW, PRUNED, TIED = "dense", "narrow dense", "pruned only", "tied, GrOWL before"
+SINGLE, SINGLE_AT_LAST = "single weights tied", "single weights tied at last"
+CONTROLS = (SINGLE, "tied, no penalty before", PRUNED, NARROW)
+METHODS = (DENSE, SINGLE_AT_LAST, TIED, *CONTROLS)
+TRAINED = tuple(method for method in METHODS if method != SINGLE_AT_LAST)
+"""Of two stages; what is tied at last is the dense network of both."""
 SETTINGS = {
     "epochs": [EPOCHS_ONE, EPOCHS_TWO],
     "batch": BATCH,
@@ -150,32 +155,42 @@ def row(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def run(method: str, rate: float, seed: int, folder: Path) -> dict[str, Any]:
-    """Train one network by both stages, or read what an earlier call left."""
+    """Make one network, or read what an earlier call left."""
     torch.set_num_threads(1)
-    name = f"{method}-{rate:g}-{seed}".replace(" ", "-").replace(",", "")
+    place = folder / f"{method}-{rate:g}-{seed}.json".replace(" ", "-").replace(",", "")
 
     def make() -> dict[str, Any]:
-        width = 8 if method == NARROW else 16
-        strength = STRENGTH if method in (TIED, "pruned only") else 0.0
-        first = folder / f"stage-one-{width}-{strength:g}-{seed}.pt"
-        torch.manual_seed(seed)
-        model = ResNet20(width)
-        stage_one = partial(train, model, EPOCHS_ONE, RATE_ONE, seed, f"{name}, stage one", strength)
-        trained_once(first, model, stage_one)
-        model.to(memory_format=torch.contiguous_format)
-        if method == SINGLE:
+        if method == SINGLE_AT_LAST:
+            run(DENSE, rate, seed, folder)
+            model = ResNet20(16).eval()
+            load_model(model, folder / f"{DENSE}-{rate:g}-{seed}.safetensors")
             single_weights_tied(model)
-        elif method not in ("dense", NARROW):
-            model = compacted(model, tied=method != "pruned only")
-        train(model, EPOCHS_TWO, rate, seed + 1000, f"{name}, stage two")
-        return {"method": method, "rate": rate, "seed": seed, **row(model, folder / f"{name}.safetensors")}
+        else:
+            model = trained(method, rate, seed, folder, place.stem)
+        return {"method": method, "rate": rate, "seed": seed, **row(model, place.with_suffix(".safetensors"))}
 
-    return kept(folder / f"{name}.json", make)
+    return kept(place, make)
+
+
+def trained(method: str, rate: float, seed: int, folder: Path, name: str) -> nn.Module:
+    """Train one network by both stages; the first one of each width and strength is shared by those that follow."""
+    width = 8 if method == NARROW else 16
+    strength = STRENGTH if method in (TIED, PRUNED) else 0.0
+    torch.manual_seed(seed)
+    model = ResNet20(width)
+    stage_one = partial(train, model, EPOCHS_ONE, RATE_ONE, seed, f"{name}, stage one", strength)
+    trained_once(folder / f"stage-one-{width}-{strength:g}-{seed}.pt", model, stage_one)
+    model.to(memory_format=torch.contiguous_format)
+    if method == SINGLE:
+        single_weights_tied(model)
+    elif method not in (DENSE, NARROW):
+        model = compacted(model, tied=method != PRUNED)
+    return train(model, EPOCHS_TWO, rate, seed + 1000, f"{name}, stage two")
 
 
 def beside(rows: list[dict[str, Any]], mine: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what a line of a method says beside the accuracies."""
-    dense = {row["seed"]: row["test"] for row in rows if row["method"] == "dense"}
+    dense = {row["seed"]: row["test"] for row in rows if row["method"] == DENSE}
     below = statistics.mean(dense[run["seed"]] - run["test"] for run in mine)
     return {"rate": mine[0]["rate"], "below_dense": below, "operations": mine[0]["operations"]}
 
@@ -192,16 +207,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data()
     with ProcessPoolExecutor(options.jobs, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        pilots = wait([pool.submit(run, method, rate, 0, folder) for method in METHODS for rate in RATES_TWO], "rates")
+        pilots = wait([pool.submit(run, method, rate, 0, folder) for method in TRAINED for rate in RATES_TWO], "rates")
         rates = {
             method: max((p for p in pilots if p["method"] == method), key=lambda p: p["validation"])["rate"]
-            for method in METHODS
+            for method in TRAINED
         }
+        rates[SINGLE_AT_LAST] = rates[DENSE]
         jobs = [
             (method, rates[method], seed)
-            for seed in range(options.seeds)
             for method in METHODS
-            if method not in CONTROLS or seed < options.controls
+            for seed in range(options.controls if method in CONTROLS else options.seeds)
         ]
         rows = wait([pool.submit(run, *job, folder) for job in jobs], "all methods")
     lines = summarise(rows, ("method",), PARAMETERS, partial(beside, rows))
