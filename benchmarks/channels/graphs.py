@@ -23,6 +23,9 @@ from tying.groups import Groups
 from tying.plan import Tie, TiePlan
 
 LEFT = "free, and yet it stays"
+IN_PLACE = ("an input of the model", "nn.MultiheadAttention checks its embed_dim")
+"""Why an unread output stays where its number could only be cut with what the network is given, or its module forbids
+it: counted by themselves as well."""
 FEATURES = ("unread", "dead", "silent", "void")
 
 
@@ -47,6 +50,9 @@ class Graph:
     unread_removed: int = 0
     removed: int = 0
     """Of the unread ones, at least so many went; of both kinds, exactly so many."""
+    in_place: int = 0
+    """Of the unread ones that stay, how many do for a reason in `IN_PLACE`, as the package says. They are among the
+    unread ones all the same."""
     beyond: int = 0
     """How many more went than were found by trial, which disturbs one output at a time."""
     reasons: list[str] = field(default_factory=list)
@@ -67,7 +73,7 @@ def try_graph(seed: int) -> Graph:
         channels = find_channels(model, x)
         between = [c for c in channels if c.makers and c.readers and not c.output]
         result.channels, result.free = len(between), sum(c.blocked is None for c in between)
-        felt = [str(c.makers[0]) for c in between if c.blocked is None and moved(model, x, c) > SAME]
+        felt = [str(c.makers[0]) for c in between if c.only_read and moved(model, x, c) > SAME]
         result.outcome, result.said = ("felt", ", ".join(felt)) if felt else ("equal", "")
         if not felt:
             _compacted(model, x, channels, between, result)
@@ -121,7 +127,7 @@ def _compacted(model: nn.Module, x: Tensor, channels: Channels, between: Sequenc
     for name, labels in ties.items():
         _average(tensors_of(wanted)[name].detach(), labels)
     others = [torch.randn(n, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
-    truth = outputs_of(wanted, [x, others[0]])
+    truth = outputs_of(wanted, [x, others[0], 10 * others[1]])  # large ones, too: what saturates is felt there
     tried = [each for each in truth.values() if not each.idle]
     result.unread = sum(len(each.unread) for each in tried)
     result.constant = sum(len(each.constant - each.unread) for each in tried)
@@ -157,6 +163,7 @@ def _count(
         said = sorted(_why(channels, truth, name, each.axis, index) for index in each.unread)
         said.sort(key=lambda reason: reason == LEFT)  # which of them stay is not known: rather those with a reason
         result.reasons += [_short(reason) for reason in said[: len(each.unread) - sure]]
+    result.in_place = sum(reason in IN_PLACE for reason in result.reasons)
 
 
 def surely_gone(weight: Tensor, left: Tensor, outputs: Outputs) -> int:

@@ -57,7 +57,17 @@ def of_graphs(graphs: Sequence[Graph]) -> dict[str, Any]:
     steps = Counter(step for g in graphs for step in set(g.steps))
     total = {
         name: sum(getattr(g, name) for g in graphs)
-        for name in ("channels", "free", "unread", "unread_removed", "constant", "idle", "removed", "beyond")
+        for name in (
+            "channels",
+            "free",
+            "unread",
+            "unread_removed",
+            "constant",
+            "idle",
+            "removed",
+            "beyond",
+            "in_place",
+        )
     }
     return {
         "graphs": len(graphs),
@@ -67,6 +77,7 @@ def of_graphs(graphs: Sequence[Graph]) -> dict[str, Any]:
         "crashed": counts["crashed"],
         **total,
         "share_removed": _share(total["unread_removed"], total["unread"]),
+        "share_removed_of_others": _share(total["unread_removed"], total["unread"] - total["in_place"]),
         "share_removed_with_constants": _share(total["removed"], total["unread"] + total["constant"]),
         "stay_because": dict(reasons.most_common(30)),
         "steps": dict(steps.most_common()),
