@@ -33,9 +33,11 @@ def unfelt(network: Network, channels: Channels) -> list[Channel]:
     waiting: Index = np.append(np.flatnonzero(felt), -1)  # -1: what belongs to no channel is felt
     while len(waiting):
         found: list[Index] = []
+        new = np.zeros(len(felt) + 1, dtype=bool)  # the last for −1
+        new[waiting] = True
         for name, axis in {key for number in waiting.tolist() for key in makers[number]}:
             present = network.presence(name).numpy()
-            rows = np.isin(owners[name, 1 - axis], waiting)
+            rows = new[owners[name, 1 - axis]]
             reached = present[rows].any(0) if axis == 1 else present[:, rows].any(1)
             found.append(owners[name, axis][reached])
         numbers = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.intp)
