@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import convolution_tables, several_tables
 from benchmarks.selection_tables import selection
 from benchmarks.two_domains_tables import two_domains
+from benchmarks.vgg16_tables import vgg16
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,6 +73,9 @@ def details() -> Iterator[str]:
         if (RESULTS / f"{name}.json").is_file():
             yield ""
             yield from getattr(convolution_tables, name)(_read(name))
+    if (RESULTS / "vgg16_cifar10.json").is_file():
+        yield ""
+        yield from vgg16(_read("vgg16_cifar10"))
 
 
 def mnist(results: dict[str, Any]) -> Iterator[str]:
