@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from tying.channels.graph import Graph, Source, export, modules_of
 from tying.channels.labels import Ledger, Weight, unique
+from tying.channels.memory import overlapping
 from tying.channels.rules import apply
 from tying.channels.tracer import Tracer, values_in
 
@@ -291,16 +292,10 @@ def _placeholder(source: Source, node: Node, ledger: Ledger) -> Any:
 
 
 def _block_shared_memory(graph: Graph, ledger: Ledger) -> None:
-    """Block tensors that are views of one memory without being one tensor: cutting them would untie them."""
-    owners: dict[tuple[str, int], list[str]] = {}
-    for name, tensor in graph.tensors.items():
-        if tensor.numel() and tensor.device.type != "meta":
-            owners.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), []).append(name)
-    for names in owners.values():
-        for name in names if len(names) > 1 else []:
-            other = next(n for n in names if n != name)
-            for labels in ledger.weight(name, is_buffer=False).axes:
-                ledger.block(labels, f"{name!r} shares its memory with {other!r} without being the same tensor")
+    """Block tensors that overlap in memory without being one tensor: cutting them would untie them."""
+    for name, other in overlapping(graph.tensors).items():
+        for labels in ledger.weight(name, is_buffer=False).axes:
+            ledger.block(labels, f"{name!r} shares its memory with {other!r} without being the same tensor")
 
 
 def _names(part: Slice, parameter: str) -> bool:

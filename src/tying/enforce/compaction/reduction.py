@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tying.channels.constants import Constants
 from tying.channels.find import Channel, Channels, Slice
-from tying.enforce.compaction.adapt import Change
+from tying.enforce.compaction.adapt import Attributes, Change
 from tying.enforce.compaction.live import READERS, Network, everything_pruned
 from tying.enforce.compaction.norms import zero_or_why
 from tying.enforce.compaction.sizes import changed_sizes, last_ones, scale_norms
@@ -52,7 +52,7 @@ class Compaction:
     """What could have gone and stays, as zeros."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     """The tensors that change, by first name, float64, of their new size."""
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    attributes: Attributes = field(default_factory=dict[str, dict[str, Any]])
     """By module name: the attributes that change, as the number of heads."""
     changes: Mapping[int, tuple[Change, ...]] = field(default_factory=dict[int, "tuple[Change, ...]"], repr=False)
     """Of the channels that go (by number), those with which sizes change that a forward may have written down."""
