@@ -307,18 +307,16 @@ def _stranded(
         parameter, groups = tie.members[0].parameter, tie.members[0].groups
         if groups.kind == "outputs":
             zero = [i for i, label in enumerate(tie.partition.labels.tolist()) if label < 0]
-            pruned.setdefault(parameter, set()).update(zero)
+            pruned.setdefault(network.first[parameter], set()).update(zero)
     for number, channel in enumerate(channels):
         if id(channel) in gone or not channel.makers:
             continue
-        if any(_is_among(part, pruned) for part in channel.slices):
+        if any(_is_among(part, pruned) for part in (*channel.makers, *channel.readers)):
             yield channel, channel.blocked or reasons.get(id(channel), "no layer reads it")
         elif channel.blocked and channel.readers and (number in refused or network.unread(channel)):
             yield channel, channel.blocked
 
 
 def _is_among(part: Slice, indices: Mapping[str, set[int]]) -> bool:
-    """Whether a slice has one of these indices of axis 0, by name."""
-    return part.axis == 0 and any(
-        not indices[name].isdisjoint(part.indices) for name in (part.parameter, *part.aliases) if name in indices
-    )
+    """Whether a slice has one of these indices of axis 0, by first name."""
+    return part.axis == 0 and part.parameter in indices and not indices[part.parameter].isdisjoint(part.indices)

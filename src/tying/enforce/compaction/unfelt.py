@@ -51,9 +51,15 @@ def _owners(network: Network, channels: Channels) -> tuple[dict[tuple[str, int],
     """Return the number of the channel of each index of the axes of what reads, or −1; and which axes read."""
     read = {(part.parameter, part.axis) for channel in channels for part in channel.readers}
     names = {name for name, _ in read}
-    owners = {(name, axis): np.full(network.values[name].shape[axis], -1) for name in names for axis in (0, 1)}
+    belong: dict[tuple[str, int], tuple[list[int], list[int]]] = {
+        (name, axis): ([], []) for name in names for axis in (0, 1)
+    }
     for number, channel in enumerate(channels):
-        for part in channel.slices:
-            if (part.parameter, part.axis) in owners:
-                owners[part.parameter, part.axis][list(part.indices)] = number
+        for part in (*channel.makers, *channel.readers):
+            if (found := belong.get((part.parameter, part.axis))) is not None:
+                found[0].extend(part.indices)
+                found[1].extend([number] * len(part.indices))
+    owners = {(name, axis): np.full(network.values[name].shape[axis], -1) for name, axis in belong}
+    for key, (indices, numbers) in belong.items():
+        owners[key][indices] = numbers
     return owners, read
