@@ -14,6 +14,9 @@ from channel_laws import (
 from networks import Net, randomised
 from tying.channels import constants
 from tying.channels.constants import Constants, find_constants
+from tying.enforce.compaction.compact import compact
+from tying.errors import CompactError
+from tying.plan import TiePlan
 
 
 def test_constants_that_were_only_seen_fail_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +166,47 @@ def test_constants_of_a_part_of_a_table_fail_the_law(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants.operations, "COUNTERS", frozenset())
     with pytest.raises(AssertionError):
         law_constant_at_every_length(positions_counted, 1)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "groups": lambda: nn.GroupNorm(4, 8),
+    "instances": lambda: nn.InstanceNorm2d(8, affine=True),
+    "samples": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "running": lambda: nn.BatchNorm2d(8),
+}
+
+
+def law_silent_norm(norm: str, in_place: bool) -> int:
+    """What a norm scales by zero is its bias, and folds. Returns how many channels go, of two."""
+
+    def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
+        if in_place:
+            x = x.clone()
+            x[:, 0, 0] = 0
+        return m.head(torch.relu(m.norm(m.body(x))))
+
+    torch.manual_seed(0)
+    model = Net(forward, body=nn.Conv2d(3, 8, 3), norm=NORMS[norm](), head=nn.Conv2d(8, 4, 1)).double().eval()
+    with torch.no_grad():
+        nn.init.normal_(model.norm.bias)
+        model.norm.weight[:2] = 0
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    small, other = compact(model, TiePlan([]), x), torch.randn(3, 3, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(small(other), model(other), rtol=1e-9, atol=1e-9)
+    return 8 - len(small.body.weight)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_a_norm_scales_by_zero_goes(norm: str, in_place: bool) -> None:
+    # GroupNorm: the two are a group, which goes as a whole
+    assert law_silent_norm(norm, in_place) == 2
+
+
+def test_a_norm_that_is_constant_whatever_its_weight_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("group_norm", "instance_norm"):
+        monkeypatch.setitem(constants.MASKS, name, lambda call, facts: [torch.zeros(1)])
+    monkeypatch.setattr(constants, "SAME", float("inf"))  # else what it gives on the example shows that it varies
+    for norm in ("groups", "instances"):
+        with pytest.raises((AssertionError, CompactError)):
+            law_silent_norm(norm, False)

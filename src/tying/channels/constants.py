@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from tying.channels.averages import are_shares, attended, differing
 from tying.channels.facts import TABLES, Fact, read_in_part, run
 from tying.channels.find import trace
 from tying.channels.graph import Call, Graph, export
+from tying.channels.lengths import Mask, added_up, depends, lengths_of, reaches_over, scaled_by_length, varies_at_all
 
 SAME = 1e-12
 """Positions agree when they differ by less than this, relative to the largest: kernels may sum in another order."""
@@ -33,7 +34,9 @@ class Reading:
     """What one input index of a weight sees, over all calls of its layer."""
 
     value: float
-    """The constant, computed in float64: the same at every position, in every sample, in every call."""
+    """The constant, computed in float64: that at all positions, in all samples and calls of the example. At other sizes
+    it is the same unless a number of the graph was computed from a size and does not look it, as `(h.shape[1] + 1) / 9`
+    in a forward: comparing at other sizes finds that out."""
     padded: bool
     """Whether a zero-padded (or transposed) convolution reads it: then the border differs unless `value` is 0."""
 
@@ -144,7 +147,7 @@ def _constants(fact: Fact, axis: int) -> list[float | None]:
 
 def _computed(graph: Graph, inputs: Sequence[Any]) -> Iterator[Call]:
     """Run the graph on the inputs, flat, yielding each call with the facts that it is about to use."""
-    given = iter(inputs)
+    given, lengths = iter(inputs), lengths_of(inputs)
     facts: dict[Node, Any] = {}
     last = {used: node for node in graph.nodes for used in node.all_input_nodes}
     for node in graph.nodes:
@@ -154,7 +157,7 @@ def _computed(graph: Graph, inputs: Sequence[Any]) -> Iterator[Call]:
             facts[node] = _fact(tensor, source.kind == "input")
     for call in graph.calls(facts):
         yield call
-        facts[call.node] = _apply(call)
+        facts[call.node] = _apply(call, lengths)
         for used in call.node.all_input_nodes:
             if last[used] is call.node:
                 facts[used] = None
@@ -170,16 +173,16 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _apply(call: Call) -> Any:
+def _apply(call: Call, lengths: frozenset[float]) -> Any:
     if call.name == "getitem":
         return call["0"][call["1"]]
     if not any(isinstance(out, Tensor) for out in call.outputs):
         return None
     given = _facts(list(call.arguments.values()))
-    sized = not given or any(fact.sized for fact in given)
+    sized = depends(call, given)
     try:
         values = run(call, lambda fact: fact.value)
-        masks = _varying(call)
+        masks = [m | scaled_by_length(call, given, lengths) for m in _varying(call)]
         facts = [Fact(_double(v), m.expand(v.shape), sized) for v, m in zip(values, masks, strict=True)]
     except Exception:  # what can't be computed here is not proven constant: default deny
         shapes = [tuple(out.shape) for out in call.outputs]
@@ -194,22 +197,14 @@ def _varying(call: Call) -> list[Tensor]:
     if (call.random and _draws(call)) or call.name in operations.COUNTERS:
         return everything
     if call.name in TABLES and (read := read_in_part(call, facts)) is not None:
-        return read
-    if call.name in operations.ADDING_UP and any(fact.sized for fact in facts):
-        return _added_up(call, facts)
-    if not any(bool(fact.varies.any()) for fact in facts):
+        return [mask > 0 for mask in read]
+    sized = any(fact.sized for fact in facts)
+    if call.name in operations.ADDING_UP and sized:
+        return added_up(call, facts, MASKS[call.name]) if call.name in MASKS else everything
+    if not any(bool(fact.varies.any()) for fact in facts) and (not sized or call.name in operations.FILLERS):
         return [~mask for mask in everything]
     mask = _mask_for(call)
     return everything if mask is None else [m > 0 for m in mask(call, facts)]
-
-
-def _added_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
-    """A sum of zeros is zero; of anything else it may vary, with how many there are."""
-    if call.name not in ("sum", "cumsum", "linalg_vector_norm"):
-        return [torch.ones(1, dtype=torch.bool)] * len(call.outputs)
-    present = [replace(fact, varies=fact.present > 0) for fact in facts]
-    one = {name: present[0] if isinstance(given, Fact) else given for name, given in call.arguments.items()}
-    return [mask > 0 for mask in MASKS[call.name](replace(call, arguments=one), present)]
 
 
 def _draws(call: Call) -> bool:
@@ -234,10 +229,14 @@ def _moved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return run(call, lambda fact: fact.varies.double(), **changed)
 
 
+def _padded(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """Nobody writes a padding of nothing: how wide it is was computed, and elsewhere a constant meets zeros there."""
+    return [facts[0].present] if not any(call["pad"]) and call["mode"] in (None, "constant") else _moved(call, facts)
+
+
 def _pooled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     """Where the largest one stands varies with any of them; a mean that counts padding is another at the border."""
-    padding = call["padding"]
-    if "avg" in call.name and (any(padding) if isinstance(padding, list | tuple) else padding):
+    if "avg" in call.name and reaches_over(call):
         present = facts[0].present.flatten(-int(call.name[-2])).amax(-1)
         return [present.reshape(*present.shape, *[1] * int(call.name[-2]))]
     values = _moved(call, facts)[0]
@@ -260,17 +259,11 @@ def _convolved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     taps = ((weight.value != 0) | weight.varies).flatten(2).any(2).double()
     if "transpose" in call.name:  # (in, out / groups) → (out, in / groups)
         taps = taps.reshape(groups, -1, taps.shape[1]).mT.reshape(-1, taps.shape[0] // groups)
-    seen = value.present if _meets_border(call, weight) else value.varies.double()
+    border = operations.meets_border(call.name, call["padding"], weight.value.shape[2:])
+    seen = value.present if border else value.varies.double()
     seen = seen.flatten(-dims).amax(-1)
     made = torch.einsum("...gi,goi->...go", seen.unflatten(-1, (groups, -1)), taps.unflatten(0, (groups, -1)))
     return [made.reshape(*made.shape[:-2], -1, *[1] * dims)]
-
-
-def _meets_border(call: Call, weight: Fact) -> bool:
-    padding = call["padding"]
-    if "transpose" in call.name or isinstance(padding, str):
-        return padding != "valid"
-    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
 def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
@@ -287,7 +280,10 @@ def _product(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     total = torch.zeros(1, dtype=torch.float64)
     mean = call.name in ("matmul", "mm", "bmm") and two.value.ndim > 1 and are_shares(call.node.args[0])
     there = differing(two).expand(two.value.shape) if mean else two.present
-    for first, second in ((one.varies.double(), there), (one.present, two.varies.double())):
+    pairs = ((one.varies.double(), there), (one.present, two.varies.double()))
+    if call.name != "mul" and one.sized and two.sized and not mean:  # over an axis that no parameter sizes, maybe
+        pairs = ((one.present, two.present),)
+    for first, second in pairs:
         if bool((first != 0).any()) and bool((second != 0).any()):
             total = total + call.run(lambda item: item, **added, **{left: first, right: second})
     return [total]
@@ -306,6 +302,16 @@ def _scaled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return [mask, *[torch.ones(1)] * (len(call.outputs) - 1)]
 
 
+def _affine(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
+    """Normalisation of several channels together: where the weight is zero, they are their bias."""
+    value, weight = call["input"], call["weight"]
+    mask = torch.full((1,), float(varies_at_all(facts)), dtype=torch.float64)
+    if isinstance(weight, Fact) and not _others_vary(value, facts):
+        axis = 1 if "layer_norm" not in call.name else value.value.ndim - weight.value.ndim
+        mask = mask * weight.present.reshape(*weight.value.shape, *[1] * (value.value.ndim - axis - weight.value.ndim))
+    return [mask, *[torch.ones(1)] * (len(call.outputs) - 1)]
+
+
 def _sloped(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     value = call["self"]
     return [torch.ones(1) if _others_vary(value, facts) else value.varies]
@@ -316,6 +322,8 @@ def _normed(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     value, weight = call["input"], call["weight"]
     if _others_vary(value, facts):
         return [torch.ones(1)]
+    if not bool(value.varies.any()):
+        return [torch.zeros(1)]
     return [value.present * (weight.present if isinstance(weight, Fact) else 1)]
 
 
@@ -326,7 +334,7 @@ def _others_vary(value: Fact, facts: Sequence[Fact]) -> bool:
 def _reduced(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     mask, dim = call["self"].varies.double(), call["dim"]
     dims = [dim] if isinstance(dim, int) else list(dim or range(mask.ndim))
-    return [mask.amax(dims).reshape(call.shape)] * len(call.outputs)
+    return [mask.amax(dims).reshape(call.shape), *[torch.ones(1)] * (len(call.outputs) - 1)]  # then: where it stands
 
 
 def _coupled(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
@@ -346,21 +354,20 @@ def _looked_up(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     return [indices.varies[..., None] & ~constant]
 
 
-Mask = Callable[[Call, Sequence[Fact]], list[Tensor]]
 FACTORS = {**operations.PRODUCTS, "mul": ("self", "other")}
 """The names of the two factors, where they are not `input` and `weight`."""
 MASKS: dict[str, Mask] = {
     "linear": _product,
     "embedding": _looked_up,
     "glu": _gated,
-    "pad": _moved,
-    "constant_pad_nd": _moved,
+    "pad": _padded,
+    "constant_pad_nd": _padded,
     "expand": _moved,
     "prelu": _sloped,
-    "batch_norm": _scaled,
     "rms_norm": _normed,
     "scaled_dot_product_attention": attended,
-    "_native_batch_norm_legit_no_training": _scaled,
+    **dict.fromkeys(operations.BATCH_NORMS, _scaled),
+    **dict.fromkeys(operations.AFFINE_NORMS, _affine),
     **dict.fromkeys(FACTORS, _product),
     **dict.fromkeys(operations.IDENTITIES | operations.MOVES | operations.CUTS, _moved),
     **dict.fromkeys(operations.ELEMENTWISE, _elementwise),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 
 def _names(text: str) -> frozenset[str]:
@@ -33,7 +35,21 @@ PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self",
 """The names of the two factors."""
 REDUCTIONS = _names("mean sum amax amin max min std var prod linalg_vector_norm logsumexp all any")
 COUPLED = _names("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp")
-ADDING_UP = COUPLED | _names("sum prod linalg_vector_norm logsumexp")
+ADDING_UP = COUPLED | _names("sum prod linalg_vector_norm logsumexp std var")
 """What depends on how many numbers there are, though all are constant."""
-CHANNELWISE_NORMS = _names("batch_norm _native_batch_norm_legit_no_training instance_norm")
+FILLERS = _names("zeros ones full empty scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full")
+"""One number everywhere, however many there are."""
+BATCH_NORMS = _names("batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training")
+CHANNELWISE_NORMS = BATCH_NORMS | _names("instance_norm")
+AFFINE_NORMS = _names("layer_norm group_norm instance_norm")
 COUPLED_NORMS = _names("layer_norm group_norm rms_norm")
+"""Normalisation: channel by channel, in groups that go as a whole, or of all channels together."""
+
+
+def meets_border(name: str, padding: Any, kernel: Sequence[int]) -> bool:
+    """Whether a convolution reads what stands beside its operand: zeros. A transposed one gives less at the border."""
+    if "transpose" in name:
+        return True
+    if isinstance(padding, str):
+        return padding != "valid" and any(n > 1 for n in kernel)
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)

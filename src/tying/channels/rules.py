@@ -30,6 +30,7 @@ from tying.channels.operations import (
     PRODUCTS,
     REDUCTIONS,
     WINDOWS,
+    meets_border,
 )
 from tying.channels.tracer import Read, Tracer, first_output, narrow, spread, values_in
 
@@ -180,7 +181,8 @@ def contract(
     tracer.ledger.unite(line, inner)
     tracer.ledger.mark_read(inner)
     tracer.ledger.mark_made(outer)
-    padded = bool(CONVOLUTIONS.fullmatch(call.name)) and ("transpose" in call.name or _is_padded(call, weight))
+    kernel = weight.axes[0].shape[2:] if isinstance(weight, Weight) else ()
+    padded = bool(CONVOLUTIONS.fullmatch(call.name)) and meets_border(call.name, call["padding"], kernel)
     tracer.readings.append(Read(call, operand, axis, inner, padded))
     result = spread(outer, out, len(call.shape)).expand(call.shape)
     add_bias(tracer, call, result, bias, out)
@@ -358,13 +360,6 @@ RULES: dict[str, Rule] = {
 
 def _resized(labels: Tensor, dim: int, length: int) -> list[int]:
     return [length if d == dim else n for d, n in enumerate(labels.shape)]
-
-
-def _is_padded(call: Call, weight: Weight) -> bool:
-    padding = call["padding"]
-    if isinstance(padding, str):
-        return padding != "valid" and any(n > 1 for n in weight.axes[0].shape[2:])
-    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
 def _is_matrix(value: Any) -> bool:
