@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -37,30 +37,22 @@ class Network:
 
     def cut(self, name: str) -> Tensor:
         """The tensor without what has gone."""
-        value = self.values[name]
-        for axis, live in enumerate(self.live[name]):
-            if not bool(live.all()):
-                value = value.index_select(axis, torch.nonzero(live).flatten().to(value.device))
-        return value
+        return _left(self.values[name], dict(enumerate(self.live[name])))
 
     def zero(self, name: str, axis: int) -> NDArray[np.bool_]:
         """Which indices of an axis are zero wherever the other axes live: `(size,)` bool."""
         known = self._zero.setdefault(name, {})
         if axis not in known:
             present = self.presence(name) if axis < 2 else (self.values[name] != 0).cpu()
-            for other, live in enumerate(self.live[name][: present.ndim]):
-                if other != axis and not bool(live.all()):
-                    present = present.index_select(other, torch.nonzero(live).flatten())
+            others = {d: live for d, live in enumerate(self.live[name][: present.ndim]) if d != axis}
+            present = _left(present, others)
             known[axis] = ~present.movedim(axis, 0).reshape(present.shape[axis], -1).any(1).numpy()
         return known[axis]
 
     def presence(self, name: str) -> Tensor:
         """What is not zero, bool, on the CPU: all axes from the third on, as of kernels, count as one number."""
         if name not in self._present:
-            present = (self.values[name] != 0).cpu()
-            for axis, live in enumerate(self.live[name][2:], 2):
-                if not bool(live.all()):
-                    present = present.index_select(axis, torch.nonzero(live).flatten())
+            present = _left((self.values[name] != 0).cpu(), dict(enumerate(self.live[name][2:], 2)))
             self._present[name] = present.flatten(2).any(2) if present.ndim > 2 else present
         return self._present[name]
 
@@ -134,6 +126,14 @@ class Network:
         planned = {member.parameter for tie in plan for member in tie.members}
         cut = {name for name, axes in self.live.items() if not all(bool(live.all()) for live in axes)}
         return {name: self.cut(name) for name in self.values if name in planned | cut | self.written}
+
+
+def _left(tensor: Tensor, live: Mapping[int, Tensor]) -> Tensor:
+    """The tensor with what lives of it, by axis."""
+    for axis, lives in live.items():
+        if not bool(lives.all()):
+            tensor = tensor.index_select(axis, torch.nonzero(lives).flatten().to(tensor.device))
+    return tensor
 
 
 def everything_pruned(name: str, what: str) -> CompactError:
