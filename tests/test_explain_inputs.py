@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -150,6 +150,40 @@ def test_in_inference_mode_units_see_what_they_see() -> None:
 def test_what_has_no_values_is_refused_by_name(model: Callable[[], nn.Module], inputs: Any, said: str) -> None:
     with pytest.raises(TyingError, match=said):
         explain(model(), inputs)
+
+
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(model, backend="eager"))
+
+
+COMPILED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "the whole": (lambda: compiled(nn.Sequential(nn.Conv2d(3, 4, 3))), "0"),
+    "a part": (lambda: nn.Sequential(compiled(nn.Sequential(nn.Conv2d(3, 4, 3)))), "0.0"),
+    "twice": (lambda: compiled(nn.Sequential(compiled(nn.Conv2d(3, 4, 3)))), "0"),
+    "the forward": (Decorated, "conv"),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), COMPILED.values(), ids=COMPILED)
+def test_compiled_models_are_explained_as_they_are_in_python(make: Callable[[], nn.Module], name: str) -> None:
+    model = make()
+    before = dict(model.named_modules())
+    explanation = explain(model, torch.rand(2, 3, 8, 8))
+    assert [layer.name for layer in explanation.layers] == [name]
+    assert explanation.fields is not None
+    assert explanation.fields.layers[-1].sees == 9
+    assert explanation.equivariance
+    assert dict(model.named_modules()) == before
 
 
 def test_hooks_of_the_user_see_nothing_of_it() -> None:

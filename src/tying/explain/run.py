@@ -68,7 +68,9 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, sh
 
 
 def _explained(model: nn.Module, batch: tuple[Tensor, ...], shifts: int) -> Explanation:
-    with evaluating(model), torch.random.fork_rng(devices=_gpus(model, batch)):
+    devices = _gpus(model, batch)
+    eager = torch.compiler.set_stance("force_eager")  # Dynamo would trace the hooks that watch
+    with evaluating(model), torch.random.fork_rng(devices=devices), eager:
         inputs = first_sample(model, batch)
         layers, uncounted = find_layers(model, taking(inputs, lambda: observe(model, inputs)))
         fields: Fields | None = None
@@ -145,12 +147,31 @@ def _copied(model: nn.Module) -> nn.Module:
             f"{type(model).__name__}: expected a model that copy.deepcopy can copy, got {type(error).__name__}: "
             f"{error}; keep tensors that are computed, and handles, out of its attributes"
         ) from error
+    copied = _uncompiled(copied)
     for module in copied.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks: dict[int, Any] = getattr(module, name)
             for handle in [key for key, hook in hooks.items() if not _computes(hook)]:
                 del hooks[handle]
     return copied
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model with what `torch.compile` wrapped in the place of its wrappers, so that names are as in the network."""
+    inner = _unwrapped(model)
+    for module in inner.modules():  # which goes on with what has been put in place
+        parts = _parts(module)
+        parts.update({name: _unwrapped(part) for name, part in parts.items() if part is not None})
+    return inner
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = _parts(module).get("_orig_mod")
+    return module if inner is None else _unwrapped(inner)
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module | None]:
+    return module._modules  # pyright: ignore[reportPrivateUsage]
 
 
 def _computes(hook: object) -> bool:
