@@ -213,6 +213,14 @@ def test_what_went_is_counted_by_identity() -> None:
     assert gone(0, 1, 3, 5) in (0, 1)
 
 
+def test_what_is_said_to_be_left_must_have_its_own_numbers_in_order() -> None:
+    weight = torch.arange(24, dtype=torch.float64).reshape(6, 4)
+    left = weight[[0, 2, 5]][:, [0, 3]]
+    assert graphs.are_left(weight, left, [0, 2, 5])
+    for other in ([0, 2], [0, 1, 5], [2, 0, 5], [0, 2, 4], [0, 2, 4, 5]):
+        assert not graphs.are_left(weight, left, other)
+
+
 # ---------------------------------------------------------------- torch-pruning
 
 

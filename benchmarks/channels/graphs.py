@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from benchmarks.channels.oracle import SAME, unlike
 from benchmarks.channels.plant import TIABLE
 from benchmarks.channels.trials import Outputs, outputs_of
 from tying.channels.find import Channel, Channels, Slice, find_channels
-from tying.enforce.compaction.compact import compact
+from tying.enforce.compaction.compact import compact, plan_compaction
 from tying.errors import TyingError
 from tying.groups import Groups
 from tying.plan import Tie, TiePlan
@@ -49,7 +49,8 @@ class Graph:
     """The outputs of layers with no others: they are not counted above, since a layer keeps one output at least."""
     unread_removed: int = 0
     removed: int = 0
-    """Of the unread ones, at least so many went; of both kinds, exactly so many."""
+    """Of the unread ones, so many went, where what the package says of them agrees with the numbers that are left;
+    else at least so many. Of both kinds, exactly so many."""
     in_place: int = 0
     """Of the unread ones that stay, how many do for a reason in `IN_PLACE`, as the package says. They are among the
     unread ones all the same."""
@@ -142,13 +143,25 @@ def _compacted(model: nn.Module, x: Tensor, channels: Channels, between: Sequenc
     with torch.no_grad():
         worst = max(unlike(wanted(other), small(other)) for other in others)
     result.outcome, result.said = ("equal", "") if worst <= SAME else ("differs", f"{worst:.3g}")
-    _count(wanted, small, truth, channels, result)
+    gone = {
+        (name, part.axis, index)
+        for channel in plan_compaction(given, plan, x).removed
+        for part in channel.makers
+        for name in (part.parameter, *part.aliases)
+        for index in part.indices
+    }
+    _count(wanted, small, truth, channels, gone, result)
 
 
 def _count(
-    wanted: nn.Module, small: nn.Module, truth: Mapping[str, Outputs], channels: Channels, result: Graph
+    wanted: nn.Module,
+    small: nn.Module,
+    truth: Mapping[str, Outputs],
+    channels: Channels,
+    said_gone: Set[tuple[str, int, int]],
+    result: Graph,
 ) -> None:
-    """Count what went, layer by layer, and why the rest did not."""
+    """Count what went, layer by layer, and why the rest did not; `said_gone`: (weight, axis, index), by the package."""
     before, after = tensors_of(wanted), tensors_of(small)
     for name, each in truth.items():
         if each.idle:
@@ -158,10 +171,14 @@ def _count(
         gone, can = len(weight) - len(left), len(each.unread | each.constant)
         result.removed += min(gone, can)
         result.beyond += max(0, gone - can)
-        sure = surely_gone(weight, left, each)
+        there = [i for i in range(len(weight)) if (name, each.axis, i) not in said_gone]
+        if are_left(weight, left, there):
+            sure, stay = len(each.unread - set(there)), each.unread & set(there)
+        else:
+            sure, stay = surely_gone(weight, left, each), each.unread
         result.unread_removed += sure
-        said = sorted(_why(channels, truth, name, each.axis, index) for index in each.unread)
-        said.sort(key=lambda reason: reason == LEFT)  # which of them stay is not known: rather those with a reason
+        said = sorted(_why(channels, truth, name, each.axis, index) for index in stay)
+        said.sort(key=lambda reason: reason == LEFT)  # where it is not known which stay: rather those with a reason
         result.reasons += [_short(reason) for reason in said[: len(each.unread) - sure]]
     result.in_place = sum(reason in IN_PLACE for reason in result.reasons)
 
@@ -173,13 +190,22 @@ def surely_gone(weight: Tensor, left: Tensor, outputs: Outputs) -> int:
     no other has; those of which nothing but zeros is left may be any.
     """
     by_number = len(weight) - len(left) - len(outputs.constant - outputs.unread)
-    flat, rest = weight.flatten(1), left.flatten(1)
-    same = (rest[:, None, :, None] - flat[None, :, None, :]).abs() <= 1e-12
-    alike = same.any(3).all(2) & (rest != 0).any(1)[:, None]  # (left, before)
+    alike = _alike(weight, left) & (left.flatten(1) != 0).any(1)[:, None]  # (left, before)
     known = alike.sum(1) == 1
     there = set(alike[known].nonzero()[:, 1].tolist())
     by_identity = len(outputs.unread - there) - int((~known).sum())
     return min(len(outputs.unread), max(0, by_number, by_identity))
+
+
+def are_left(weight: Tensor, left: Tensor, there: Sequence[int]) -> bool:
+    """Whether these outputs may be what is left, in order: each has only numbers that it had before."""
+    return len(there) == len(left) and bool(_alike(weight, left)[range(len(left)), there].all())
+
+
+def _alike(weight: Tensor, left: Tensor) -> Tensor:
+    """Which outputs have only numbers that another had: (left, before), bool."""
+    flat, rest = weight.flatten(1), left.flatten(1)
+    return ((rest[:, None, :, None] - flat[None, :, None, :]).abs() <= 1e-12).any(3).all(2)
 
 
 def _why(channels: Channels, truth: Mapping[str, Outputs], name: str, axis: int, index: int) -> str:
