@@ -87,6 +87,23 @@ def test_sizes_that_depend_on_the_data_are_refused_by_name(make, message, read):
     assert snapshot(model) == before
 
 
+class Gradient(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return super().forward(torch.autograd.grad(self.conv(x[:, None]).sum(), x)[0])
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_gradient_in_forward_is_refused_by_name(read):
+    with pytest.raises(CompactError, match=r"^\w+_backward in the model's forward: .*autograd\.grad in forward.*tie_"):
+        read(Gradient(), torch.randn(8, 4))
+
+
 class Scaled(Net):
     def forward(self, x: Tensor) -> Any:
         return self.head(self.body(x) * x.max().item())

@@ -135,8 +135,23 @@ def test_of_a_model_that_cannot_be_traced_the_costs_are_there() -> None:
     assert explanation.untraced is not None
     assert "torch.export" in explanation.untraced
     assert "not known" in str(explanation)
+    assert "take control flow that depends on the data out of forward" in explanation.untraced
+    assert "tie_" not in explanation.untraced
     with pytest.raises(TyingError, match="nothing to draw"):
         explanation.draw("none.png")
+
+
+def test_of_a_gradient_in_forward_the_costs_are_there() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(m.conv(x).sum(), x)[0]
+
+    explanation = explain(Net(forward, conv=nn.Conv1d(1, 1, 3)), torch.ones(1, 1, 6))
+    assert [layer.shared.values for layer in explanation.layers] == [4]
+    assert explanation.untraced is not None
+    assert explanation.untraced.startswith("convolution_backward in the model's forward: ")
+    assert "tie_" not in explanation.untraced
 
 
 @pytest.mark.parametrize(

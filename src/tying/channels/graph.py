@@ -136,7 +136,8 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
 
     Raises:
         CompactError: If it is no model, or `torch.export` can't follow its forward, or a size in it depends on the
-            numbers that come in; names the operation and its module.
+            numbers that come in, or an operation leaves outputs out, as gradients do; names the operation and its
+            module.
     """
     from torch.export import export as torch_export
 
@@ -155,6 +156,7 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
                 f"{type(error).__name__}: {_first_line(error)}; take control flow that depends on the data out of "
                 "forward, check the example inputs, or use tie_, which needs no graph"
             ) from error
+    _refuse_missing_outputs(program.graph)
     _refuse_symbolic_sizes(program.graph)
     tensors, aliases = _tensors(model)
     first = {alias: name for name, others in aliases.items() for alias in (name, *others)}
@@ -170,6 +172,18 @@ def export(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Gra
     unread = frozenset(sources[name].name for name in dropped) & frozenset(tensors)
     fixed = tuple((first[name], axis, reason) for name, axis, reason in _checked(model) if name in first)
     return Graph(tuple(program.graph.nodes), sources, tensors, aliases, unread, fixed)
+
+
+def _refuse_missing_outputs(graph: fx.Graph) -> None:
+    """Raise where an operation gives None beside tensors: a gradient taken in forward, of some of its operands."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            call = _call(node, {})
+            if len(call.outputs) > 1 and any(made is None for made in call.outputs):
+                raise CompactError(
+                    f"{call}: expected a tensor in the place of every output, got None in one of {len(call.outputs)}; "
+                    "write torch.autograd.grad in forward out as layers, or use tie_, which needs no graph"
+                )
 
 
 def _refuse_symbolic_sizes(graph: fx.Graph) -> None:

@@ -147,10 +147,7 @@ def find_dependence(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...
     try:
         graph = export(model, inputs)
     except CompactError as error:
-        said = str(error).partition("; take control flow")[0]
-        raise TyingError(
-            f"{said}; take control flow that depends on the data out of forward, or check the example inputs"
-        ) from error
+        raise TyingError(str(error).removesuffix(", or use tie_, which needs no graph")) from error
     with evaluating(model):
         return _trace(graph, tree_leaves(inputs))
 
