@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from test_tied_layers import LABELS, LAYERS, WAYS, tie
-from tying.nn import TiedConv2d, TiedLinear, product
+from tying.nn import TiedConv1d, TiedConv2d, TiedConv3d, TiedLinear, product
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own, once
 
@@ -133,12 +133,12 @@ def test_gradients_of_gradients_agree_with_differences(make, shape, labels, way)
 
 
 def test_a_gradient_that_forgets_an_input_of_each_label_fails_the_law(monkeypatch):
-    whole = product.spread
+    whole = product.expand_by_label
 
     def forgets(sums: Tensor, dim: int, kept: Tensor, targets: Tensor, inputs: int) -> Tensor:
         return whole(sums, dim, kept[1:], targets[1:], inputs)
 
-    monkeypatch.setattr(product, "spread", forgets)
+    monkeypatch.setattr(product, "expand_by_label", forgets)
     with pytest.raises(AssertionError):
         law_derives_twice(tie(nn.Linear(8, 2).double(), TIES), torch.randn(2, 8, dtype=torch.float64))
 
@@ -233,3 +233,141 @@ def test_copies_of_a_layer_in_the_middle_of_training_learn_on():
     loss.backward()
     other(x).square().sum().backward()
     torch.testing.assert_close(other.weight.grad, tied.weight.grad)
+
+
+MANY = {
+    "linear": (lambda labels: TiedLinear(labels, 2), (9, 2048)),
+    "conv1d": (lambda labels: TiedConv1d(labels, 2, 3), (1, 2048, 9)),
+    "conv2d": (lambda labels: TiedConv2d(labels, 2, 2), (1, 2048, 4, 4)),
+    "conv2d, channels last": (
+        lambda labels: TiedConv2d(labels, 2, 2).to(memory_format=torch.channels_last),
+        (1, 2048, 4, 4),
+    ),
+    "conv3d": (lambda labels: TiedConv3d(labels, 2, 2), (1, 2048, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("within", [False, True], ids=["backward outside", "backward within"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MANY)
+def test_under_autocast_the_gradient_of_many_tied_columns_is_that_of_float64(name, way, within, dtype):
+    torch.manual_seed(0)
+    make, shape = MANY[name]
+    tied, x = make([0] * 2000 + [-1] * 8 + [1] * 40), torch.rand(shape) / 2
+    exact = copy.deepcopy(tied).double()
+    exact(x.double()).sum().backward()
+    tied.way = way
+    with torch.autocast("cpu", dtype):
+        loss = tied(x).float().sum()
+        if within:
+            loss.backward()
+    if not within:
+        loss.backward()
+    assert tied.weight.grad.dtype == torch.float32
+    for mine, theirs in zip(tied.weight.grad.unbind(1), exact.weight.grad.unbind(1), strict=True):
+        assert (mine - theirs).norm() <= 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["backward outside", "backward within"])
+@pytest.mark.parametrize("way", ["select", "dense"])
+@pytest.mark.parametrize("make", [lambda: TiedLinear([0] * 4096, 2), lambda: TiedConv2d([0] * 4096, 2, 1)])
+def test_what_overflows_in_float16_is_summed_in_float32(make, way, within):
+    tied = make()
+    tied.way = way
+    x = torch.full((64, 4096), 10.0) if isinstance(tied, TiedLinear) else torch.full((1, 4096, 8, 8), 10.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = tied(x).float().sum()
+        if within:
+            loss.backward()
+    if not within:
+        loss.backward()
+    assert torch.equal(tied.weight.grad, torch.full_like(tied.weight, 2621440.0))
+
+
+@pytest.mark.parametrize("way", ["select", "dense"])
+def test_a_16_bit_weight_sums_its_columns_in_float32(way):
+    tied = TiedLinear([0] * 4096, 2, dtype=torch.bfloat16)
+    tied.way = way
+    tied(torch.ones(1, 4096, dtype=torch.bfloat16)).sum().backward()
+    assert torch.equal(tied.weight.grad, torch.full_like(tied.weight, 4096.0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MAPS)
+def test_gradients_of_complex_numbers_are_those_of_the_dense_weight(name, way):
+    torch.manual_seed(0)
+    make = {"linear": lambda: TiedLinear(TIES, 5, dtype=torch.complex128)}.get(name)
+    if make is None:
+        kind, size = {"conv1d": (TiedConv1d, 3), "conv2d": (TiedConv2d, 3), "conv3d": (TiedConv3d, 2)}[name]
+        make = lambda: kind(TIES, 5, size, padding=1, dtype=torch.complex128)  # noqa: E731
+    tied, x = make(), torch.randn(SHAPES[name], dtype=torch.complex128).requires_grad_()
+    with torch.no_grad():
+        tied.weight.copy_(torch.randn_like(tied.weight))
+    tied.way = way
+    wide = torch.cat([tied.weight[:, [k]] if k >= 0 else torch.zeros_like(tied.weight[:, :1]) for k in TIES], 1)
+    product = {"linear": nn.functional.linear, "conv1d": nn.functional.conv1d, "conv2d": nn.functional.conv2d}
+    function, extra = product.get(name, nn.functional.conv3d), {} if name == "linear" else {"padding": 1}
+    expected = function(x, wide, tied.bias, **extra)
+    torch.testing.assert_close(tied(x), expected)
+    operands = (x, tied.weight, tied.bias)
+    mine = torch.autograd.grad(tied(x).abs().square().sum(), operands)
+    torch.testing.assert_close(mine, torch.autograd.grad(expected.abs().square().sum(), operands))
+    with torch.no_grad():
+        torch.testing.assert_close(tied(x), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MAPS)
+def test_the_weight_is_kept_only_where_the_input_needs_a_gradient(name, way):
+    torch.manual_seed(0)
+    tied, x = tie(MAPS[name](), TIES), torch.randn(2, *SHAPES[name])
+    tied.way = way
+    assert kept_bytes(lambda: tied(x[0]), x, *tied.buffers()) == 0
+    twin = copy.deepcopy(tied)
+    first, second = (tied(each).square().sum() for each in x)
+    first.backward()
+    with torch.no_grad():
+        tied.weight.sub_(0.1 * tied.weight.grad)
+    second.backward()
+    sum(twin(each).square().sum() for each in x).backward()
+    torch.testing.assert_close(tied.weight.grad, twin.weight.grad)
+    made = tied(x[0].requires_grad_())
+    with torch.no_grad():
+        tied.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        made.sum().backward()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_of_inference_mode_computes_where_gradients_are_recorded(way):
+    with torch.inference_mode():
+        tied, dense = TiedLinear([0, 0, 1, -1], 2), nn.Linear(4, 2)
+    tied.way = way
+    x = torch.randn(3, 4)
+    assert dense(x).requires_grad
+    with torch.no_grad():
+        expected = tied(x)
+    torch.testing.assert_close(tied(x), expected)
+    tied.requires_grad_(False)
+    torch.testing.assert_close(tied(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("way", "trained", "unused"),
+    [
+        ("sum", "input", ["sum_by_label", "select"]),
+        ("select", "input", ["sum_by_label", "select"]),
+        ("dense", "weight", ["expand_by_label"]),
+    ],
+)
+def test_an_operand_whose_values_no_gradient_needs_is_not_made_anew(way, trained, unused, monkeypatch):
+    tied, x = tie(nn.Conv2d(8, 5, (2, 3), padding="same"), TIES), torch.randn(2, 8, 6, 6)
+    tied.way = way
+    x.requires_grad_(trained == "input")
+    tied.weight.requires_grad_(trained == "weight")
+    loss = tied(x).sum()
+    for name in unused:
+        monkeypatch.setattr(product, name, None)
+    loss.backward()
+    assert (x if trained == "input" else tied.weight).grad is not None

@@ -2,12 +2,13 @@
 
 Autograd would keep the sums of the inputs (and what was added up) or the widened weight from the forward pass to the
 backward pass, beside an input that whoever made it keeps as a rule (ReLU does). Here both are made anew from the input
-and the stored weight, which are what the dense layer keeps.
+and the stored weight, each kept only where the other one's gradient needs it, as the dense layer does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tying.nn.sums import nothing_transforms, select, spread, sum_by_label
+from tying.nn.sums import expand_by_label, nothing_transforms, select, sum_by_label
 
 Way: TypeAlias = Literal["sum", "select", "dense"]
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -30,7 +31,7 @@ class Product(Protocol):
         ...
 
     def gradients(self, gradient: Tensor, read: Tensor, columns: Tensor, wanted: Wanted) -> Gradients:
-        """Return the gradients that are wanted."""
+        """Return the gradients that are wanted, None for the others; only they need values, the rest its shape."""
         ...
 
 
@@ -45,11 +46,27 @@ class Reading:
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What the product takes: the inputs as the way has it, and the weight with as many columns."""
+        return self.read(x, weight.shape[1]), self.columns(weight, x.shape[self.dim])
+
+    def read(self, x: Tensor, classes: int) -> Tensor:
+        """The inputs as the way has it: `(…, G, …)` → `(…, K, …)`, `(…, R, …)` or as they are."""
         if self.way == "sum":
-            return self.sums(x, weight.shape[1]), weight
-        if self._selects(x.shape[self.dim]):
-            return select(x, self.dim, self.kept), weight.index_select(1, self.targets)
-        return x, spread(weight, 1, self.kept, self.targets, x.shape[self.dim])
+            return self.sums(x, classes)
+        return select(x, self.dim, self.kept) if self._selects(x.shape[self.dim]) else x
+
+    def columns(self, weight: Tensor, inputs: int) -> Tensor:
+        """The weight with a column for each that is read: `(out, K, …)` → as it is, `(out, R, …)` or `(out, G, …)`."""
+        if self.way == "sum":
+            return weight
+        if self._selects(inputs):
+            return weight.index_select(1, self.targets)
+        return expand_by_label(weight, 1, self.kept, self.targets, inputs)
+
+    def width(self, inputs: int, classes: int) -> int:
+        """How many the product reads: K, R or G."""
+        if self.way == "sum":
+            return classes
+        return len(self.kept) if self._selects(inputs) else inputs
 
     def sums(self, x: Tensor, classes: int) -> Tensor:
         """Sum the inputs of each of so many labels: `(…, G, …)` → `(…, K, …)`."""
@@ -60,19 +77,24 @@ class Reading:
     def back_to_inputs(self, gradient: Tensor, inputs: int) -> Tensor:
         """The gradient of x from that of what was read."""
         if self.way == "sum":
-            return spread(gradient, self.dim, self.kept, self.targets, inputs)
-        each = torch.arange(len(self.kept), device=self.kept.device)
-        return spread(gradient, self.dim, self.kept, each, inputs) if self._selects(inputs) else gradient
+            return expand_by_label(gradient, self.dim, self.kept, self.targets, inputs)
+        if self._selects(inputs):
+            return expand_by_label(gradient, self.dim, self.kept, self._each(), inputs)
+        return gradient
 
-    def back_to_weight(self, gradient: Tensor, classes: int, inputs: int) -> Tensor:
-        """The gradient of the stored weight from that of the product's."""
+    def back_to_weight(self, gradient: Tensor, classes: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        """The gradient of the stored weight, of this dtype, from that of the product's; 16 bits are summed in 32."""
         if self.way == "sum":
-            return gradient
-        each = torch.arange(len(self.kept), device=self.kept.device)
-        return sum_by_label(gradient, 1, each if self._selects(inputs) else self.kept, self.targets, classes)
+            return gradient.to(dtype)
+        wide = gradient.to(torch.promote_types(dtype, torch.float32))
+        columns = self._each() if self._selects(inputs) else self.kept
+        return sum_by_label(wide, 1, columns, self.targets, classes).to(dtype)
 
     def _selects(self, inputs: int) -> bool:
         return self.way == "select" and len(self.kept) < inputs
+
+    def _each(self) -> Tensor:
+        return torch.arange(len(self.kept), device=self.kept.device)
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,7 @@ class Multiply:
         return functional.linear(read, columns, bias)
 
     def gradients(self, gradient: Tensor, read: Tensor, columns: Tensor, wanted: Wanted) -> Gradients:
-        """Return the gradients that are wanted, of read, columns and bias."""
+        """Return the gradients that are wanted, of read, columns and bias, and None for the others."""
         rows = gradient.reshape(-1, columns.shape[0])
         return (
             gradient @ columns if wanted[0] else None,
@@ -107,11 +129,11 @@ class Convolve:
         return convolve(read, columns, bias, self.stride, self.padding, self.dilation)
 
     def gradients(self, gradient: Tensor, read: Tensor, columns: Tensor, wanted: Wanted) -> Gradients:
-        """Return the gradients that are wanted, of read, columns and bias."""
+        """Return the gradients that are wanted, of read, columns and bias, and None for the others."""
         batched = read.dim() == columns.dim()
         padding, ends = self._padding(columns.shape[2:])
         padded = functional.pad(read, ends) if any(ends) else read
-        found = torch.ops.aten.convolution_backward(
+        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             gradient if batched else gradient.unsqueeze(0),
             padded if batched else padded.unsqueeze(0),
             columns,
@@ -124,8 +146,9 @@ class Convolve:
             1,
             wanted,
         )
-        by_read, by_columns, by_bias = cast("Gradients", found)
-        if by_read is not None and wanted[0]:
+        # Some backends fill what is not wanted with zeros.
+        by_read, by_columns, by_bias = (by if want else None for by, want in zip(found, wanted, strict=True))
+        if by_read is not None:
             by_read = by_read if batched else by_read.squeeze(0)
             by_read = functional.pad(by_read, [-end for end in ends]) if any(ends) else by_read
         return by_read, by_columns, by_bias
@@ -143,21 +166,30 @@ class Convolve:
 def tied_product(x: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, product: Product) -> Tensor:
     """Return the product of what is read of x with the stored weight, `(out, K, …)`.
 
-    Where gradients are recorded, x and the stored weight are all that is kept for them, in every way of reading; so
-    neither may be changed in place before, which PyTorch checks as it does for the dense layer. Compiled, exported,
-    traced or transformed by `torch.func` it is the plain operations, whose compiler decides on what is kept.
+    Where gradients are recorded, no more of x and the stored weight is kept for them than the dense layer keeps, in
+    every way of reading: x where the weight is trained, the weight where x needs a gradient; so neither may be changed
+    in place before, which PyTorch checks as it does for the dense layer. Compiled, exported, traced or transformed by
+    `torch.func` it is the plain operations, whose compiler decides on what is kept; so it is for complex numbers and
+    for what was made in inference mode and would have to be kept.
     """
-    if torch.is_grad_enabled() and nothing_transforms() and not x.is_inference():
+    if torch.is_grad_enabled() and nothing_transforms() and _may_be_kept(x, weight):
         apply = cast("Callable[..., Tensor]", _KeepsInput.apply)
         return apply(x, weight, bias, reading, product)
     return product(*reading.operands(x, weight), bias)
 
 
+def _may_be_kept(x: Tensor, weight: Tensor) -> bool:
+    if x.is_complex() or weight.is_complex():
+        return False
+    return not ((x.is_inference() and weight.requires_grad) or (weight.is_inference() and x.requires_grad))
+
+
 class _KeepsInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, product: Product) -> Tensor:
-        ctx.reading, ctx.product, ctx.shape = reading, product, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.reading, ctx.product, ctx.shapes, ctx.dtype = reading, product, (x.shape, weight.shape), weight.dtype
+        trained, passes_on = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if trained else None, weight if passes_on else None)
         # Detached: autocast keeps its 16-bit copies of trained leaves for others, and these record no gradients.
         read, columns = reading.operands(x.detach(), weight.detach())
         return product(read, columns, None if bias is None else bias.detach())
@@ -165,20 +197,35 @@ class _KeepsInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [gradient] = gradients
-        reading, wanted = cast("Reading", ctx.reading), cast("Wanted", ctx.needs_input_grad[:3])
-        x, weight = cast("tuple[Tensor | None, Tensor]", ctx.saved_tensors)
-        if x is None:  # the weight is not trained: of what was read only the shape counts
-            x = gradient.new_zeros(()).expand(ctx.shape)
-        inputs = x.shape[reading.dim]
-        read, columns = reading.operands(x, weight)
-        operands = read.to(gradient.dtype), columns.to(gradient.dtype)
-        by_read, by_columns, by_bias = cast("Product", ctx.product).gradients(gradient, *operands, wanted)
-        return (
-            reading.back_to_inputs(by_read, inputs) if by_read is not None and wanted[0] else None,
-            reading.back_to_weight(by_columns, weight.shape[1], inputs)
-            if by_columns is not None and wanted[1]
-            else None,
-            by_bias if wanted[2] else None,
-            None,
-            None,
-        )
+        with _no_autocast(gradient.device.type):  # wherever the backward pass is called
+            return (*_gradients(ctx, gradient), None, None)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> Gradients:
+    reading, wanted = cast("Reading", ctx.reading), cast("Wanted", ctx.needs_input_grad[:3])
+    x, weight = cast("tuple[Tensor | None, Tensor | None]", ctx.saved_tensors)
+    of_x, of_weight = cast("tuple[torch.Size, torch.Size]", ctx.shapes)
+    inputs, classes = of_x[reading.dim], of_weight[1]
+    width = reading.width(inputs, classes)
+    read, columns = _shape_only(gradient, of_x, reading.dim, width), _shape_only(gradient, of_weight, 1, width)
+    if x is not None and wanted[1]:
+        read = reading.read(x, classes).to(gradient.dtype)
+    if weight is not None and wanted[0]:
+        columns = reading.columns(weight, inputs).to(gradient.dtype)
+    by_read, by_columns, by_bias = cast("Product", ctx.product).gradients(gradient, read, columns, wanted)
+    return (
+        None if by_read is None else reading.back_to_inputs(by_read, inputs),
+        None if by_columns is None else reading.back_to_weight(by_columns, classes, inputs, ctx.dtype),
+        by_bias,
+    )
+
+
+def _shape_only(like: Tensor, shape: Sequence[int], dim: int, width: int) -> Tensor:
+    """A single zero in the shape of an operand whose values no gradient needs."""
+    return like.new_zeros(()).expand(*shape[:dim], width, *shape[dim + 1 :])
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

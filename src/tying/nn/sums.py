@@ -58,13 +58,13 @@ def select(x: Tensor, dim: int, kept: Tensor) -> Tensor:
     return x.index_select(dim, kept)
 
 
-def spread(sums: Tensor, dim: int, kept: Tensor, targets: Tensor, inputs: int) -> Tensor:
+def expand_by_label(sums: Tensor, dim: int, kept: Tensor, targets: Tensor, inputs: int) -> Tensor:
     """Give every input its label's entry, zero where it is not read: `(…, K, …)` → `(…, G, …)`, undoing no sum.
 
     The transpose of `sum_by_label`: its gradient, and what makes a small weight wide.
 
     Example:
-        >>> spread(torch.tensor([[5.0, 7.0]]), 1, torch.tensor([0, 3, 1]), torch.tensor([0, 0, 1]), 4)
+        >>> expand_by_label(torch.tensor([[5.0, 7.0]]), 1, torch.tensor([0, 3, 1]), torch.tensor([0, 0, 1]), 4)
         tensor([[5., 7., 0., 5.]])
     """
     if _side_by_side(sums, dim) and _few_in_images(sums, dim, sums.shape[dim]):
@@ -121,8 +121,9 @@ def _gathered(x: Tensor, dim: int, kept: Tensor) -> Tensor:
 
 
 def _in_slices(x: Tensor, dim: int) -> bool:
-    """Whether whole slices can be summed: `embedding_bag` has no forward derivative and a slow gradient."""
-    return runs_at_once(x) and x.is_contiguous() and x.numel() > 0 and x.stride(dim) >= SMALLEST_SLICE
+    """Whether whole slices can be summed: `embedding_bag` has a slow gradient, and takes no complex numbers."""
+    plain = runs_at_once(x) and x.is_floating_point() and x.is_contiguous()
+    return plain and x.numel() > 0 and x.stride(dim) >= SMALLEST_SLICE
 
 
 def _sums_of_slices(x: Tensor, dim: int, kept: Tensor, targets: Tensor, classes: int) -> Tensor:
