@@ -33,6 +33,10 @@ SEQUENCES: dict[str, tuple[Between, int]] = {
     "ones": (lambda h: h.mT @ torch.ones(h.shape[1], dtype=h.dtype), 8),
     "matrix of ones": (lambda h: h + torch.ones(h.shape[1], h.shape[1], dtype=h.dtype) @ h, 8),
     "divided": (lambda h: h / h.shape[1], 8),
+    "kernel": (
+        lambda h: f.conv1d(h.mT, torch.ones(8, 1, h.shape[1], dtype=h.dtype), groups=8).flatten(1),
+        8,
+    ),
     "padded": (lambda h: f.pad(h, (0, 0, 0, h.shape[1] % 8 // 4)).amin(1), 8),
     "std": (lambda h: h.std(1), 6),
     "mean": (lambda h: h.mean(1), 6),
@@ -45,6 +49,7 @@ IMAGES: dict[str, tuple[Between, int]] = {
     "norm": (lambda h: h.norm(dim=(2, 3)), 8),
     "ones": (lambda h: h.flatten(2) @ torch.ones(h.shape[2] * h.shape[3], dtype=h.dtype), 8),
     "divided": (lambda h: (h / h.shape[-1]).mean((2, 3)), 8),
+    "windows as large": (lambda h: f.avg_pool2d(h, h.shape[2:], divisor_override=1).flatten(1), 8),
     "windows over the border": (
         lambda h: f.avg_pool2d(h, 4, ceil_mode=True, divisor_override=2).mean((2, 3)),
         8,
@@ -104,7 +109,10 @@ BROKEN: dict[str, tuple[tuple[str, ...], Callable[[pytest.MonkeyPatch], None]]] 
     ),
     "a length": (("divided",), lambda patch: patch.setattr(constants, "lengths_of", lambda inputs: frozenset())),
     "a padding of nothing": (("padded",), lambda patch: patch.setitem(MASKS, "pad", constants._moved)),  # pyright: ignore[reportPrivateUsage]
-    "sizes": (("ones", "matrix of ones", "sum"), lambda patch: patch.setattr(constants, "depends", lambda *_: False)),
+    "sizes": (
+        ("ones", "matrix of ones", "kernel", "sum"),
+        lambda patch: patch.setattr(constants, "depends", lambda *_: False),
+    ),
 }
 
 

@@ -250,7 +250,8 @@ def _elementwise(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
 def _convolved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     """A channel varies everywhere if anything it reads varies anywhere: at another size, other taps meet other places.
 
-    For the same reason a constant other than zero that meets padding is none: the border differs.
+    For the same reason a constant other than zero that meets padding is none: the border differs. Nor is one that is
+    read by a computed kernel, which may be as long as the input.
     """
     value, weight = call["input"], call["weight"]
     if not isinstance(value, Fact) or not isinstance(weight, Fact) or _others_vary(value, facts):
@@ -259,7 +260,7 @@ def _convolved(call: Call, facts: Sequence[Fact]) -> list[Tensor]:
     taps = ((weight.value != 0) | weight.varies).flatten(2).any(2).double()
     if "transpose" in call.name:  # (in, out / groups) → (out, in / groups)
         taps = taps.reshape(groups, -1, taps.shape[1]).mT.reshape(-1, taps.shape[0] // groups)
-    border = operations.meets_border(call.name, call["padding"], weight.value.shape[2:])
+    border = weight.sized or operations.meets_border(call.name, call["padding"], weight.value.shape[2:])
     seen = value.present if border else value.varies.double()
     seen = seen.flatten(-dims).amax(-1)
     made = torch.einsum("...gi,goi->...go", seen.unflatten(-1, (groups, -1)), taps.unflatten(0, (groups, -1)))

@@ -68,7 +68,7 @@ def scaled_by_length(call: Call, facts: Sequence[Fact], lengths: frozenset[float
 
 
 def reaches_over(call: Call) -> bool:
-    """Whether windows of a pooling may stand over the border, where a mean counts what is not there."""
+    """Whether a mean over windows counts others than there are: beside the border, or by a number of its own."""
     padding = call["padding"]
     padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
-    return padded or bool(call["ceil_mode"] and call["divisor_override"])
+    return padded or bool(call["divisor_override"])
