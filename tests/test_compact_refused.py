@@ -131,6 +131,12 @@ def with_a_script_inside() -> nn.Module:
     return model
 
 
+def sparse() -> nn.Module:
+    model = Net()
+    model.body.weight = nn.Parameter(model.body.weight.detach().to_sparse())
+    return model
+
+
 UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "on the meta device": (lambda: Net().to("meta"), r"^body\.weight: .*meta device; .*to_empty"),
     "half on the meta device": (half_on_meta, r"^head\.weight: .*meta device"),
@@ -139,8 +145,13 @@ UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 3), nn.LazyBatchNorm1d(affine=False)),
         r"^1\.running_mean: .*uninitialised one; run the model once",
     ),
-    "scripted": (lambda: scripted(nn.Sequential(nn.Linear(4, 3))), r"^model: .*torch\.jit; compact the model"),
-    "a script inside": (with_a_script_inside, r"^head: .*torch\.jit; compact the model"),
+    "scripted": (lambda: scripted(nn.Sequential(nn.Linear(4, 3))), r"^model: .*torch\.jit; pass the model"),
+    "a script inside": (with_a_script_inside, r"^head: .*torch\.jit; pass the model"),
+    "sparse": (sparse, r"^body\.weight: expected dense weights, got torch\.sparse_coo; .*to_dense\(\)"),
+    "complex": (
+        lambda: nn.Linear(4, 3, dtype=torch.complex64),
+        r"^weight: expected real numbers, got torch\.complex64: .*float64; .*tie_",
+    ),
     "no module": (lambda: torch.relu, r"^model: expected a torch\.nn\.Module, got builtin"),
 }
 
@@ -171,6 +182,7 @@ def test_what_are_no_inputs_is_refused_by_name(inputs):
 ARGUMENTS = {
     "tolerance in words": ({"tolerance": "x"}, CompactError, r"^tolerance: expected a finite number ≥ 0, got 'x'; "),
     "no tolerance": ({"tolerance": None}, CompactError, r"^tolerance: .*got None; "),
+    "a truth value": ({"tolerance": True}, CompactError, r"^tolerance: .*got True; "),
     "a list": ({"plan": []}, PlanError, r"^plan: expected a TiePlan, got list; "),
     "no plan": ({"plan": None}, PlanError, r"^plan: expected a TiePlan, got NoneType; "),
     "a name": ({"plan": "x"}, PlanError, r"^plan: expected a TiePlan, got str; "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -138,13 +139,38 @@ def test_in_inference_mode_units_see_what_they_see() -> None:
     assert explain(model, x) == inside
 
 
+def sparse() -> nn.Module:
+    model = nn.Linear(8, 2)
+    model.weight = nn.Parameter(model.weight.detach().to_sparse())
+    return model
+
+
+def uncopied() -> nn.Module:
+    model = nn.Linear(4, 2)
+    model.lock = threading.Lock()
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "said"),
     [
-        (lambda: nn.Conv2d(1, 1, 3, device="meta"), (torch.rand(1, 1, 5, 5),), "^weight: expected values.* to_empty"),
+        (
+            lambda: nn.Conv2d(1, 1, 3, device="meta"),
+            (torch.rand(1, 1, 5, 5),),
+            "^weight: expected a tensor with values.* to_empty",
+        ),
         (lambda: nn.Conv2d(1, 1, 3), (torch.rand(1, 1, 5, 5, device="meta"),), "^example_inputs: expected values"),
         (lambda: nn.Conv2d(1, 1, 3), (torch.rand(1, 1, 5, 5), 3), r"^example_inputs\[1\]: expected a tensor, got 3"),
         (lambda: nn.Conv2d(1, 1, 3), (torch.rand(1, 1, 5, 5), None), r"^example_inputs\[1\]: .* got None"),
+        (
+            sparse,
+            (torch.rand(8, 8),),
+            r"^weight: expected dense weights, got torch\.sparse_coo; .*to_dense\(\)",
+        ),
+        (lambda: nn.Linear(8, 2), (torch.eye(8).to_sparse(),), r"^example_inputs: expected dense .*to_dense\(\)"),
+        (lambda: nn.Embedding(10, 4), (torch.zeros(1, 0).long(),), r"^example_inputs: .* elements, got .* \(1, 0\);"),
+        (lambda: nn.Linear(4, 2), (torch.zeros(2, 0, 4),), r"^example_inputs: .* elements, got .* \(2, 0, 4\);"),
+        (uncopied, (torch.rand(2, 4),), r"^model: expected a model that can be copied, got TypeError: "),
     ],
 )
 def test_what_has_no_values_is_refused_by_name(model: Callable[[], nn.Module], inputs: Any, said: str) -> None:
@@ -184,6 +210,12 @@ def test_compiled_models_are_explained_as_they_are_in_python(make: Callable[[], 
     assert explanation.fields.layers[-1].sees == 9
     assert explanation.equivariance
     assert dict(model.named_modules()) == before
+
+
+def test_a_sparse_buffer_is_no_weight() -> None:
+    model = Net(lambda m, x: (m.near @ m.linear(x[0]))[None], linear=nn.Linear(4, 3))
+    model.register_buffer("near", torch.eye(5).to_sparse())
+    assert not explain(model, torch.rand(1, 5, 4)).layers
 
 
 def test_hooks_of_the_user_see_nothing_of_it() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from numbers import Integral
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from tying.errors import TyingError
 from tying.evaluation import evaluating
@@ -21,6 +19,7 @@ from tying.explain.layers import find_layers
 from tying.explain.marks.dependence import find_dependence
 from tying.explain.result import Explanation
 from tying.explain.sample import first_sample, taking
+from tying.usable import check_usable, copy_of
 
 
 def explain(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, shifts: int = 4) -> Explanation:
@@ -100,15 +99,7 @@ def _explained(model: nn.Module, batch: tuple[Tensor, ...], shifts: int) -> Expl
 
 
 def _checked(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], shifts: int) -> tuple[Tensor, ...]:
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):  # pyright: ignore
-        raise TyingError(f"model: expected an nn.Module in Python, got {type(model).__name__}; pass the network itself")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise TyingError(f"{name}: expected values, got none yet in a lazy layer; call the model once before")
-        if tensor.is_meta:
-            raise TyingError(
-                f"{name}: expected values, got none on the meta device; call to_empty(device='cpu') and load weights"
-            )
+    check_usable(model, TyingError)
     inputs = _checked_inputs(example_inputs)
     if isinstance(shifts, bool) or not isinstance(shifts, Integral) or shifts < 0:  # pyright: ignore
         raise TyingError(f"shifts: expected an integer ≥ 0, got {shifts!r}; 0 measures no shift")
@@ -134,20 +125,20 @@ def _checked_inputs(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for x in inputs:
         if x.is_meta:
             raise TyingError("example_inputs: expected values, got none on the meta device; pass a tensor with values")
+        if x.layout is not torch.strided:
+            raise TyingError(f"example_inputs: expected dense tensors, got one of {x.layout}; pass its to_dense()")
+        if not x.numel():
+            raise TyingError(
+                f"example_inputs: expected tensors with elements, got one of shape {tuple(x.shape)}; pass a sample "
+                "with something in it"
+            )
         check_finite("example_inputs", x, "in them; pass others")
     return inputs
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy to run: a forward may write to buffers, count its calls, keep what it saw."""
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise TyingError(
-            f"{type(model).__name__}: expected a model that copy.deepcopy can copy, got {type(error).__name__}: "
-            f"{error}; keep tensors that are computed, and handles, out of its attributes"
-        ) from error
-    copied = _uncompiled(copied)
+    """A copy to run, in Python and without the hooks of others."""
+    copied = _uncompiled(copy_of(model, TyingError))
     for module in copied.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks: dict[int, Any] = getattr(module, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -33,6 +32,7 @@ from tying.enforce.compaction.surgery import place_tied_, replace_, set_ways_, t
 from tying.enforce.compaction.trial import tried
 from tying.errors import CompactError
 from tying.plan import Member, Tie, TiePlan
+from tying.usable import copy_of
 
 
 def compact(
@@ -86,10 +86,10 @@ def compact(
         ways = ways_of(model)
         model, plan = _written_out(model, plan)
         planned = _plan(model, plan, inputs, tolerance)
-        small = _build(_copied(model), planned.layers, planned.compaction)
+        small = _build(copy_of(model, CompactError), planned.layers, planned.compaction)
         set_ways_(small, ways)
         if (fastest and choose_fastest_(small, inputs)) or ways or not planned.compared:
-            checked = _build(_copied(model).double(), planned.layers, planned.compaction).eval()
+            checked = _build(copy_of(model, CompactError).double(), planned.layers, planned.compaction).eval()
             set_ways_(checked, ways_of(small))
             check_equal(planned.reference, checked, tolerance)
         return small
@@ -150,7 +150,7 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance
     """Find out what goes. Convolutions are placed before channels are looked for: theirs can go too."""
     plan = _by_first_names(plan, model)
     found = check_compactable(model, plan)
-    projected = _copied(model).double().eval()
+    projected = copy_of(model, CompactError).double().eval()
     parameters = dict(projected.named_parameters())
     with torch.no_grad():
         for name, value in plan.project(parameters).items():
@@ -158,8 +158,8 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance
     try:
         reference = Reference(projected, inputs)  # what fails here would fail below, with less to say
     except CompactError as error:
-        raise why_not_run(_copied(model), inputs, error) from error
-    network = place_convolutions(_copied(projected), found.layers) if found.layers else projected
+        raise why_not_run(copy_of(model, CompactError), inputs, error) from error
+    network = place_convolutions(copy_of(projected, CompactError), found.layers) if found.layers else projected
     graph = export(network, reference.inputs)
     channels, constants = channels_of(graph), constants_of(graph, reference.inputs)
 
@@ -167,7 +167,7 @@ def _plan(model: nn.Module, plan: TiePlan, inputs: tuple[Tensor, ...], tolerance
         return reduce(network, found.others, channels, constants, refused)
 
     def build(compaction: Compaction) -> nn.Module:
-        return _build(_copied(model).double(), found.layers, compaction).eval()
+        return _build(copy_of(model, CompactError).double(), found.layers, compaction).eval()
 
     def check(small: nn.Module, norms: bool) -> None:
         fit_bare_norms_(small, reference.inputs)
@@ -191,7 +191,7 @@ def _written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
         CompactError: If the model is tied with another: a copy would not be.
     """
     check_by_itself(model)
-    return written_out(_copied(model), plan) if tied_layers(model) else (model, plan)
+    return written_out(copy_of(model, CompactError), plan) if tied_layers(model) else (model, plan)
 
 
 def _by_first_names(plan: TiePlan, model: nn.Module) -> TiePlan:
@@ -203,16 +203,6 @@ def _by_first_names(plan: TiePlan, model: nn.Module) -> TiePlan:
         return Tie(tuple(Member(names.get(m.parameter, m.parameter), m.groups) for m in tie.members), tie.partition)
 
     return TiePlan([renamed(tie) for tie in plan], plan.provenance)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CompactError(
-            f"model: expected a model that can be copied, got {type(error).__name__}: {error}; keep what is computed "
-            "from parameters out of its attributes (as torch.nn.utils.weight_norm does not)"
-        ) from error
 
 
 def _build(network: nn.Module, layers: Mapping[str, Geometry], compaction: Compaction) -> nn.Module:

@@ -7,41 +7,30 @@ import math
 from numbers import Real
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tying.channels.memory import overlapping
 from tying.enforce.compaction.compare import Inputs, run
 from tying.enforce.compaction.convolutions import Convolutions, convolutions_in
-from tying.enforce.held import owned
 from tying.enforce.ties.guard import bonds_of
 from tying.errors import CompactError, PlanError
 from tying.plan import Tie, TiePlan
+from tying.usable import check_usable
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise unless the model is one of PyTorch's, with a forward in Python and values in its tensors.
+    """Raise unless the model is usable (`tying.usable`), and has real numbers as parameters.
 
     Raises:
         CompactError: Names the module or the tensor.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise CompactError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+    check_usable(model, CompactError)
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
             raise CompactError(
-                f"{name or 'model'}: expected a module with a forward in Python, got one of torch.jit; compact the "
-                "model that it was made of, then script the result"
-            )
-    for name, tensor in owned(model).items():
-        if is_lazy(tensor):
-            raise CompactError(f"{name}: expected a tensor with a shape, got an uninitialised one; run the model once")
-        if tensor.is_meta:
-            raise CompactError(
-                f"{name}: expected a tensor with values, got one on the meta device; move the model with "
-                "to_empty(device=...), then load its weights"
+                f"{name}: expected real numbers, got {parameter.dtype}: networks are compared in float64; enforce the "
+                "plan with tie_ instead"
             )
 
 
@@ -124,7 +113,7 @@ def _check_memory(parameters: dict[str, nn.Parameter]) -> None:
 
 def checked_tolerance(tolerance: float) -> float:
     """Return the tolerance, or raise `CompactError`."""
-    if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
         raise CompactError(f"tolerance: expected a finite number ≥ 0, got {tolerance!r}; 1e-9 leaves room for rounding")
     return tolerance
 
