@@ -127,6 +127,16 @@ def test_samples_that_mix_are_refused_by_name() -> None:
     assert explain(model, (torch.rand(1, 3), torch.rand(1, 3))).fields is not None
 
 
+def noisy(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return m.linear(x + torch.randn_like(x)) * mask
+
+
+@pytest.mark.parametrize("samples", [1, 5, 40])
+def test_batches_of_a_model_that_draws_numbers_are_cut(samples: int) -> None:
+    explanation = explain(Net(noisy, linear=nn.Linear(4, 2)), (torch.rand(samples, 4), torch.rand(samples, 1)))
+    assert explanation.inputs == (4,)
+
+
 def test_in_inference_mode_units_see_what_they_see() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
