@@ -16,7 +16,7 @@ from tying.channels.operations import CHANNELWISE_NORMS, ELEMENTWISE, IDENTITIES
 from tying.channels.operations import CONVOLUTIONS as CONVOLVING
 from tying.errors import TyingError
 from tying.explain.marks.dependence import Dependence, Mark, Step, find_dependence
-from tying.explain.marks.marks import Known, each, execute
+from tying.explain.marks.marks import Known, each, run_on_marks
 from tying.explain.marks.spreads import PADS
 
 
@@ -59,7 +59,7 @@ def _counted(module: nn.Module, dependence: Dependence) -> int | None:
         elif connections is None and _is_product(module, call):
             given, weight = call.arguments["input"], call["weight"]
             ones: dict[str, Any] = {"weight": torch.ones_like(weight, dtype=torch.float64), "bias": None}
-            counted = execute(call, {id(given): cast("Tensor", read[operands[0]]).double()}, **ones)
+            counted = run_on_marks(call, {id(given): cast("Tensor", read[operands[0]]).double()}, **ones)
             connections = round(float(cast("Tensor", counted).sum()))
             made.add(step.node)
         else:

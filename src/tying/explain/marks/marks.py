@@ -82,7 +82,7 @@ def known_in(nested: Any) -> list[Known]:
     return []
 
 
-def execute(call: Call, marks: Marks, **changed: Any) -> Any:
+def run_on_marks(call: Call, marks: Marks, **changed: Any) -> Any:
     """Run the operation with marks for what varies, and zeros for every other number that is moved beside it."""
     given = {id(each) for each in changed.values()}
 

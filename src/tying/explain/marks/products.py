@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tying.channels.graph import Call
 from tying.channels.operations import PRODUCTS
-from tying.explain.marks.marks import Known, Marks, Rule, execute, ones, present, zeros
+from tying.explain.marks.marks import Known, Marks, Rule, ones, present, run_on_marks, zeros
 
 
 def linear(call: Call) -> Rule:
@@ -40,9 +40,9 @@ def _product(call: Call, factors: Sequence[tuple[str, Any]], bias: Any) -> Rule:
     def spread(marks: Marks) -> Tensor:
         total = zeros(*shape)
         if isinstance(one, Known):
-            total = total + execute(call, {}, **{first: marks[id(one)], second: present(two)}, **nothing)
+            total = total + run_on_marks(call, {}, **{first: marks[id(one)], second: present(two)}, **nothing)
         if isinstance(two, Known):
-            total = total + execute(call, {}, **{first: present(one), second: marks[id(two)]}, **nothing)
+            total = total + run_on_marks(call, {}, **{first: present(one), second: marks[id(two)]}, **nothing)
         return total + marks[id(bias)] if isinstance(bias, Known) else total
 
     return Rule(spread)

@@ -19,10 +19,10 @@ from tying.explain.marks.marks import (
     Spread,
     each,
     everywhere,
-    execute,
     known_in,
     ones,
     present,
+    run_on_marks,
     zeros,
 )
 
@@ -38,12 +38,12 @@ def convolution(call: Call) -> Rule:
     spread = _all_channels(call, value, weight) if bool(taps.all()) else _of_weights(call, {"weight": taps})
     line = {id(value): ones(*value.value.shape)[(*lines, slice(0, 1))]}
     kernel = {"weight": torch.ones_like(taps[:1, :1]), "groups": 1, "bias": None}
-    counted = execute(call, line, **kernel)
+    counted = run_on_marks(call, line, **kernel)
     return Rule(lambda marks: spread(marks), edge=_edge(call, counted, line[id(value)], kernel, dims))
 
 
 def _of_weights(call: Call, changed: dict[str, Any]) -> Spread:
-    return lambda marks: execute(call, marks, bias=None, **changed)
+    return lambda marks: run_on_marks(call, marks, bias=None, **changed)
 
 
 def _all_channels(call: Call, value: Known, weight: Tensor) -> Spread:
@@ -54,7 +54,7 @@ def _all_channels(call: Call, value: Known, weight: Tensor) -> Spread:
 
     def spread(marks: Marks) -> Tensor:
         summed = marks[id(value)].unflatten(axis, (groups, -1)).sum(axis + 1)
-        made = execute(call, {id(value): summed}, weight=kernel, bias=None)
+        made = run_on_marks(call, {id(value): summed}, weight=kernel, bias=None)
         return made.repeat_interleave(shape[axis] // groups, axis)
 
     return spread
@@ -69,7 +69,7 @@ def _edge(call: Call, counted: Tensor, line: Tensor, kernel: dict[str, Any], dim
     sizes = kernel["weight"].shape[2:]
     more = [(k - 1) * d // s + 2 for k, d, s in zip(sizes, dilations, strides, strict=True)]
     wide = functional.pad(line, [n for m in reversed(more) for n in (m, m)], value=1)
-    result = execute(call, {}, **{**kernel, "input": wide})
+    result = run_on_marks(call, {}, **{**kernel, "input": wide})
     for axis, (m, s) in enumerate(zip(more, strides, strict=True)):
         place = line.ndim - dims + axis
         result = result.narrow(place, m * s, counted.shape[place])
@@ -123,7 +123,7 @@ def _resampling(call: Call, value: Known, dims: int) -> Rule:
             edge = torch.maximum(edge, outside.float().reshape(lines))
     if "bicubic" in call.name:
         return Rule(everywhere(call, [value]), edge=edge, exact=False)
-    return Rule(lambda marks: execute(call, marks), edge=edge)
+    return Rule(lambda marks: run_on_marks(call, marks), edge=edge)
 
 
 def _summing(call: Call, dims: int) -> Callable[[Tensor, float], Tensor]:

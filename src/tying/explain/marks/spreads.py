@@ -24,7 +24,7 @@ from tying.channels.operations import (
     REDUCTIONS,
     WINDOWS,
 )
-from tying.explain.marks.marks import Known, Marks, Rule, everywhere, execute, known_in, names, ones, zeros
+from tying.explain.marks.marks import Known, Marks, Rule, everywhere, known_in, names, ones, run_on_marks, zeros
 from tying.explain.marks.products import attention, einsum, linear, matmul
 from tying.explain.marks.sliding import convolution, window
 
@@ -65,7 +65,7 @@ def _identity(call: Call) -> Rule:
 
 
 def _run(call: Call) -> Rule:
-    return Rule(lambda marks: execute(call, marks))
+    return Rule(lambda marks: run_on_marks(call, marks))
 
 
 def _getitem(call: Call) -> Rule:
@@ -190,11 +190,11 @@ def _pad(call: Call) -> Rule:
     inside = {id(value): ones(*value.value.shape)}
     changed: dict[str, Any] = {"value": 0} if constant else {}
     if constant:
-        edge = 1 - execute(call, inside, **changed)
+        edge = 1 - run_on_marks(call, inside, **changed)
     else:  # what is repeated at the border: all but the middle
         pads = list(call["pad"] if call["pad"] is not None else call["padding"])
         edge = 1 - functional.pad(ones(*value.value.shape), pads)
-    return Rule(lambda marks: execute(call, marks, **changed), edge=edge.clamp(0, 1))
+    return Rule(lambda marks: run_on_marks(call, marks, **changed), edge=edge.clamp(0, 1))
 
 
 def _embedding(call: Call) -> Rule:
