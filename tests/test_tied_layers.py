@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -120,7 +122,7 @@ def test_channels_last_is_kept_and_computes_and_learns_the_same(name, labels, wa
     law_gradients_add_up(tied, twin, x, labels)
     with torch.no_grad():
         law_same_outputs(tied, twin, x)
-        assert tied.sum_inputs(x, 1).is_contiguous(memory_format=layout)
+        assert tied._reading("sum", 1).sums(x, tied.classes).is_contiguous(memory_format=layout)
         assert tied(x).is_contiguous(memory_format=layout) == twin(x).is_contiguous(memory_format=layout)
 
 
@@ -292,6 +294,16 @@ def test_new_layers_start_like_the_dense_layer_that_reads_as_many_inputs():
     assert "kernel_size=(3,), stride=(1,)" in repr(TiedConv1d([0, 0], 2, 3))
 
 
+class Threefold(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -303,6 +315,9 @@ def test_new_layers_start_like_the_dense_layer_that_reads_as_many_inputs():
         (lambda: TiedConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), [0] * 4), "conv: expected Conv2d with groups=1"),
         (lambda: TiedConv2d.from_conv(nn.Conv1d(4, 4, 3), [0] * 4), "conv: expected Conv2d"),
         (lambda: TiedConv2d.from_conv(nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), [0, 0]), "padding_mode"),
+        (lambda: TiedConv2d.from_conv(Threefold(4, 2, 1), [0, 1, 2, 3]), "conv: .* has a forward of its own"),
+        (lambda: TiedLinear.from_linear(Doubled(3, 2), [0, 1, 2]), "linear: .* has a forward of its own"),
+        (lambda: setattr(TiedLinear([0, 0], 2), "way", "fast"), "way: expected one of sum, select, dense, got 'fast'"),
     ],
 )
 def test_what_cannot_be_tied_is_refused_by_name(call, message):
@@ -310,9 +325,34 @@ def test_what_cannot_be_tied_is_refused_by_name(call, message):
         call()
 
 
-def test_an_input_of_another_size_is_refused():
-    with pytest.raises(RuntimeError, match="expected 3 inputs in dimension 1"):
-        TiedLinear([0, 0, 1], 2)(torch.randn(2, 4))
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize(
+    ("make", "shape", "expected"),
+    [
+        (lambda: TiedLinear([0, 0, 1], 2), (2, 4), "TiedLinear: expected an input of shape (*, 3), got (2, 4)"),
+        (lambda: TiedLinear([0, 0, 1], 2), (), "TiedLinear: expected an input of shape (*, 3), got ()"),
+        (lambda: TiedConv1d([0, 0, 1], 2, 3), (4, 5), "of shape (N, 3, L) or (3, L), got (4, 5)"),
+        (lambda: TiedConv2d([0, 0, 1], 2, 3), (3, 5), "of shape (N, 3, H, W) or (3, H, W), got (3, 5)"),
+        (lambda: TiedConv2d([0, 0, 1], 2, 3), (2, 4, 5, 5), "of shape (N, 3, H, W) or (3, H, W), got (2, 4, 5, 5)"),
+        (lambda: TiedConv3d([0, 0, 1], 2, 3), (3, 5, 5), "of shape (N, 3, D, H, W) or (3, D, H, W), got (3, 5, 5)"),
+        (lambda: TiedConv1d([0, 0, 1], 2, 3), (1, 2, 3, 5), "of shape (N, 3, L) or (3, L), got (1, 2, 3, 5)"),
+    ],
+)
+def test_an_input_of_another_shape_is_refused(make, shape, expected, grad):
+    with grad(), pytest.raises(RuntimeError, match=re.escape(expected)):
+        make()(torch.ones(shape))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_is_copied_and_is_no_part_of_the_state(way):
+    tied = TiedLinear([0, 0, 1], 2)
+    assert tied.way == "sum"
+    tied.way = way
+    assert copy.deepcopy(tied).way == pickle.loads(pickle.dumps(tied)).way == way
+    assert set(tied.state_dict()) == {"weight", "bias", "labels"}
+    with pytest.raises(PlanError, match="way: "):
+        tied.way = "fast"
+    assert tied.way == way
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own

@@ -19,6 +19,10 @@ from torch.nn import functional
 from tying.nn.sums import expand_by_label, nothing_transforms, select, sum_by_label
 
 Way: TypeAlias = Literal["sum", "select", "dense"]
+"""How a tied layer computes: "sum" the inputs of each label; "select" those that are read, by a weight with one column
+for each; "dense": take all, by the whole weight. The same function, rounding aside, of the same stored values: a matter
+of speed, which `tying.enforce.compaction.fastest` measures. `torch.export` always records "sum", which keeps files
+small."""
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 Wanted: TypeAlias = tuple[bool, bool, bool]
 

@@ -2,7 +2,8 @@
 
 For a weight whose input groups are equal wherever their labels are, `W x = Σ_k w_k · (Σ_{i: label(i)=k} x_i)`. Where
 summing does not pay, `way` makes a layer read its inputs as the dense one does; what it stores stays the same. For its
-gradient a layer keeps its input and its weight, as the dense one does, and makes the sums anew (`tying.nn.product`).
+gradient a layer keeps its input, and its weight where the input needs a gradient, as the dense one does, and makes the
+sums anew (`tying.nn.product`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tying.nn.parts import in_parts
 from tying.nn.product import Convolve, Multiply, Product, Reading, Way, tied_product
 from tying.nn.sums import runs_at_once
 from tying.plan import Partition
+from tying.wiring.plain import check_plain
 from tying.wiring.windows import Size, per_dimension
 
 WAYS: tuple[Way, ...] = ("sum", "select", "dense")
@@ -34,11 +36,7 @@ class _TiedInputs(nn.Module):
     """`(G,)` int64: one label per input, −1 = not read. A buffer: saved, moved and loaded with the weight."""
     weight: nn.Parameter
     bias: nn.Parameter | None
-    way: Way
-    """How it computes: "sum" the inputs of each label; "select" those that are read, by a weight with one column for
-    each; "dense": take all, by the whole weight. The same function, rounding aside, of the same stored values: a matter
-    of speed, which `tying.enforce.compaction.fastest` measures. `torch.export` always records "sum", which keeps files
-    small."""
+    _way: Way = "sum"
     _kept: Tensor
     _targets: Tensor
 
@@ -52,7 +50,6 @@ class _TiedInputs(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.way = "sum"
         partition = _partition(labels)
         if not partition.classes:
             raise PlanError(
@@ -67,6 +64,17 @@ class _TiedInputs(nn.Module):
         self.register_buffer("_targets", targets, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
         self.reset_parameters()
+
+    @property
+    def way(self) -> Way:
+        """How it computes, a matter of speed: see `tying.nn.product.Way`; anything else raises a PlanError."""
+        return self._way
+
+    @way.setter
+    def way(self, way: Way) -> None:
+        if way not in WAYS:
+            raise PlanError(f"way: expected one of {', '.join(WAYS)}, got {way!r}; sum is the usual one")
+        self._way = way
 
     @property
     def partition(self) -> Partition:
@@ -85,29 +93,18 @@ class _TiedInputs(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def sum_inputs(self, x: Tensor, dim: int) -> Tensor:
-        """Sum the inputs of each label along `dim`: `(…, G, …)` → `(…, K, …)`, same dtype.
-
-        Raises:
-            RuntimeError: If `x` has not G inputs along `dim`, as a plain layer does.
-        """
-        self._check_inputs(x, dim)
-        return self._reading("sum", dim).sums(x, self.classes)
-
     def _product(self, x: Tensor, dim: int, product: Product) -> Tensor:
-        self._check_inputs(x, dim)
         reading = self._reading("sum" if torch.compiler.is_exporting() else self.way, dim)
         return tied_product(x, self.weight, self.bias, reading, product)
 
     def _reading(self, way: Way, dim: int) -> Reading:
         return Reading(way, dim, self._kept, self._targets)
 
-    def _check_inputs(self, x: Tensor, dim: int) -> None:
-        if x.shape[dim] != self.labels.shape[0]:
-            raise RuntimeError(
-                f"{type(self).__name__}: expected {self.labels.shape[0]} inputs in dimension {dim}, got an input of "
-                f"shape {tuple(x.shape)}; pass what the dense layer takes"
-            )
+    def _misfit(self, x: Tensor, expected: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: expected an input of shape {expected}, got {tuple(x.shape)}; pass what the dense "
+            "layer takes"
+        )
 
     def _dense_weight(self) -> Tensor:
         """Give every input its label's weight, zero where it is not read: `(out, K, …)` → `(out, G, …)`."""
@@ -164,8 +161,9 @@ class TiedLinear(_TiedInputs):
         """Tie a linear layer's inputs: each small weight is the mean of its label's input groups, the bias is copied.
 
         Raises:
-            PlanError: If the labels are not one per input, or no input is read.
+            PlanError: If the labels are not one per input, no input is read, or the layer has a forward of its own.
         """
+        check_plain(linear, [nn.Linear], name="linear")
         weight, bias = linear.weight, cast("nn.Parameter | None", linear.bias)
         tied = cls(labels, linear.out_features, bias is not None, device=weight.device, dtype=weight.dtype)
         return _fill(tied, _small_weight(weight, _partition(labels)), linear)
@@ -178,7 +176,14 @@ class TiedLinear(_TiedInputs):
         return _fill(linear, self._dense_weight(), self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(*, G)` to `(*, out_features)`."""
+        """Map `(*, G)` to `(*, out_features)`.
+
+        Raises:
+            RuntimeError: If the input is of another shape.
+        """
+        inputs = self.labels.shape[0]
+        if x.dim() == 0 or x.shape[-1] != inputs:
+            raise self._misfit(x, f"(*, {inputs})")
         return self._product(x, x.dim() - 1, Multiply())
 
     def extra_repr(self) -> str:
@@ -224,14 +229,15 @@ class _TiedConv(_TiedInputs):
         """Tie a convolution's input channels: each small kernel is the mean of its label's, the bias is copied.
 
         Raises:
-            PlanError: If the labels are not one per input channel, none is read, or the layer has groups or a
-                padding mode other than zeros.
+            PlanError: If the labels are not one per input channel, none is read, or the layer has groups, a padding
+                mode other than zeros, or a forward of its own.
         """
         if not isinstance(conv, cls.plain) or conv.groups != 1:
             raise PlanError(
                 f"conv: expected {cls.plain.__name__} with groups=1, got {conv}; keep the plain layer, or tie its "
                 "weight with tie_"
             )
+        check_plain(conv, [cls.plain])
         weight, bias = conv.weight, cast("nn.Parameter | None", conv.bias)
         tied = cls(
             labels,
@@ -264,8 +270,16 @@ class _TiedConv(_TiedInputs):
         return _fill(cast("PlainConv", conv), self._dense_weight(), self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(N, G, …)` or `(G, …)` to `(N, out_channels, …)` or `(out_channels, …)`."""
-        if x.dim() == self.dimensions + 2 and x.is_contiguous() and runs_at_once(x):
+        """Map `(N, G, …)` or `(G, …)` to `(N, out_channels, …)` or `(out_channels, …)`.
+
+        Raises:
+            RuntimeError: If the input is of another shape.
+        """
+        inputs, batched = self.labels.shape[0], self.dimensions + 2
+        if x.dim() not in (batched - 1, batched) or x.shape[-1 - self.dimensions] != inputs:
+            sample = ", ".join([str(inputs), *("L", "HW", "DHW")[self.dimensions - 1]])
+            raise self._misfit(x, f"(N, {sample}) or ({sample})")
+        if x.dim() == batched and x.is_contiguous() and runs_at_once(x):
             makes = self.out_channels * x[:, 0].numel() // math.prod(self.stride)
             return in_parts(self._convolve, x, makes * x.element_size())
         return self._convolve(x)
@@ -372,10 +386,7 @@ def _sorted_indices(partition: Partition, device: torch.device) -> tuple[Tensor,
     return kept[order], targets
 
 
-_Layer = Any
-
-
-def _fill(layer: _Layer, weight: Tensor, source: _Layer) -> Any:
+def _fill(layer: Any, weight: Tensor, source: Any) -> Any:
     """Give a new layer its weight, the bias, and whether each is trained, and the mode of the one it is made from."""
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -28,14 +28,14 @@ def is_plain(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
     return any(given == [getattr(kind, name, None) for name in _COMPUTING] for kind in kinds)
 
 
-def check_plain(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> None:
-    """Refuse a layer whose map its attributes do not tell.
+def check_plain(module: nn.Module, kinds: Iterable[type[nn.Module]], *, name: str = "conv") -> None:
+    """Refuse a layer, passed as the parameter of this name, whose map its attributes do not tell.
 
     Raises:
         PlanError: If it has a forward of its own.
     """
     if not is_plain(module, kinds):
         raise PlanError(
-            f"conv: expected the forward of torch.nn, got {type(cast(Any, module)).__name__}, which has a forward of "
+            f"{name}: expected the forward of torch.nn, got {type(cast(Any, module)).__name__}, which has a forward of "
             "its own; build the layer of its map by hand"
         )
