@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from numbers import Real
-from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tying.channels.memory import overlapping
 from tying.enforce.compaction.compare import Inputs, run
 from tying.enforce.compaction.convolutions import Convolutions, convolutions_in
+from tying.enforce.compaction.surgery import refuse_parametrized
 from tying.enforce.ties.guard import bonds_of
 from tying.errors import CompactError, PlanError
 from tying.plan import Tie, TiePlan
@@ -50,12 +49,7 @@ def check_compactable(model: nn.Module, plan: TiePlan) -> Convolutions:
         PlanError: If the plan does not fit the model.
     """
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise CompactError(
-                f"{name or 'model'}: expected plain parameters, got a parametrization of "
-                f"{', '.join(cast('nn.ModuleDict', module.parametrizations))}; call untie_ first, or "
-                "torch.nn.utils.parametrize.remove_parametrizations"
-            )
+        refuse_parametrized(name or "model", module)
     parameters = dict(model.named_parameters())
     plan.check_fits(parameters)
     found = convolutions_in(model, plan)

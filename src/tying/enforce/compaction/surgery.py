@@ -130,7 +130,7 @@ def replace_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         like = present[name] if name in present else cast(Tensor, places[0][0].weight)
         new = _like(like, value)
         for module, attribute in places:
-            _refuse_parametrized(name, module)
+            refuse_parametrized(name, module)
             written.append((module, attribute, new))
     for module, attribute, new in written:
         setattr(module, attribute, new)
@@ -176,7 +176,7 @@ def check_has_tied_twin(model: nn.Module, name: str, names: Mapping[int, Sequenc
         CompactError: Names the module, and what stands in the way.
     """
     layer, weight = model.get_submodule(name), qualified(name, "weight")
-    _refuse_parametrized(weight, layer)
+    refuse_parametrized(weight, layer)
     if type(layer) not in TIED:
         reason = f"{type(layer).__name__} has no tied twin"
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (layer.groups > 1 or layer.padding_mode != "zeros"):
@@ -224,9 +224,11 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def _refuse_parametrized(name: str, module: nn.Module) -> None:
+def refuse_parametrized(name: str, module: nn.Module) -> None:
+    """Raise `CompactError`, which begins with the name, if a parameter of the module is computed from others."""
     if parametrize.is_parametrized(module):
         raise CompactError(
-            f"{name}: expected a plain parameter, got a module with a parametrization; call untie_ first, or "
+            f"{name}: expected plain parameters, got a parametrization of "
+            f"{', '.join(cast('nn.ModuleDict', module.parametrizations))}; call untie_ first, or "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
