@@ -44,7 +44,8 @@ def compact(
     constant, goes once its readers' biases have taken the constant over; layers whose inputs are tied become tied
     layers (`tying.nn`), which sum the inputs of each label and multiply by a small matrix. All to the fixed point. What
     can't go stays as zeros: `tying.enforce.plan_compaction` says what, and why. The result is always compared with the
-    projected model in float64, in evaluation mode, on the example and on random inputs of another batch size.
+    projected model in float64, in evaluation mode, on the example and on random inputs of another batch size, and of
+    other lengths and image sizes where the model takes them; at sizes that are not tried, nothing is compared.
 
     Args:
         model: Any dtype, device and mode; not written to. Weights shared between its modules stay shared. Its tied
