@@ -52,8 +52,9 @@ RATIO = 4.0
 VALUES = 64
 DENSE, NARROW, PRUNED, TIED = "dense", "narrow dense", "pruned only", "tied, GrOWL before"
 SINGLE, SINGLE_AT_LAST = "single weights tied", "single weights tied at last"
-CONTROLS = (SINGLE, "tied, no penalty before", PRUNED, NARROW)
-METHODS = (DENSE, SINGLE_AT_LAST, TIED, *CONTROLS)
+CONTROLS = (TIED, "tied, no penalty before", PRUNED, NARROW, SINGLE)
+"""Beside the single weights tied at last: what ties or prunes channels, is narrow, or trains single weights on."""
+METHODS = (DENSE, SINGLE_AT_LAST, *CONTROLS)
 TRAINED = tuple(method for method in METHODS if method != SINGLE_AT_LAST)
 """Of two stages; what is tied at last is the dense network of both."""
 SETTINGS = {
