@@ -144,6 +144,8 @@ def lenet(results: Results) -> Iterator[str]:
 def resnet20(results: Results) -> Iterator[str]:
     """ResNet-20 at a quarter of its values, with its controls."""
     one, two = results["settings"]["epochs"]
+    yield "### ResNet-20"
+    yield ""
     yield (
         f"ResNet-20 on CIFAR-10 ({results['parameters']:,} parameters), {one} + {two} epochs (what two cores allow), "
         "test accuracy at the last epoch; the learning rate of the last epochs chosen on validation, by each method; "
@@ -212,7 +214,8 @@ _LAYOUTS = {"contiguous": "channels first", "channels_last": "channels last"}
 _NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion"}
 _TIED = "tied, GrOWL before"
 _LABELS = {
-    "single weights tied": "single weights tied, 64 values a layer",
+    "single weights tied at last": "single weights tied, 64 values a layer, and trained no more",
+    "single weights tied": "control: single weights tied, then trained on",
     _TIED: "tied and pruned, GrOWL before",
     "tied, no penalty before": "control: tied and pruned, no penalty before",
     "pruned only": "control: pruned only",
