@@ -165,13 +165,10 @@ def channels_in_short(results: Results) -> Iterator[str]:
     """A line for the front page: what removing and tying did to real architectures."""
     found = results["architectures"].values()
     draws, equal, wrong = (sum(each[what] for each in found) for what in ("draws", "equal", "silently_wrong"))
-    graphs = results["graphs"]
     yield (
         f"- {len(found)} architectures, from LeNet-5 to ResNet-50, MiniLM and a U-Net, compacted {draws:,} times with "
         f"zeros and ties planted at random: {equal:,} equal in float64, {wrong} silently wrong; "
-        f"{_share(found, 'removed', 'exact'):.1%} of what can go exactly went. Of {graphs['graphs']:,} networks drawn "
-        f"at random {graphs['equal']:,} were equal, {graphs['refused']} refused by name, "
-        f"{graphs['silently_wrong']} silently wrong."
+        f"{_share(found, 'removed', 'exact'):.1%} of what can go exactly went. {_drawn(results['graphs'])}"
     )
 
 
@@ -199,9 +196,7 @@ def channels(results: Results) -> Iterator[str]:
     yield ""
     graphs = results["graphs"]
     yield (
-        f"Of {graphs['graphs']:,} networks drawn at random from all supported operations, {graphs['equal']:,} were "
-        f"equal, {graphs['silently_wrong']} silently wrong, {graphs['refused']} refused by name, "
-        f"{graphs['crashed']} crashed. There {graphs['share_removed']:.0%} of the outputs that nobody feels in single "
+        f"{_drawn(graphs)} There {graphs['share_removed']:.0%} of the outputs that nobody feels in single "
         f"trials were removed ({graphs['unread_removed']:,} of {graphs['unread']:,}). Most frequent reasons of the "
         "others:"
     )
@@ -221,6 +216,14 @@ _LABELS = {
     "pruned only": "control: pruned only",
     "narrow dense": "control: narrow dense",
 }
+
+
+def _drawn(graphs: Results) -> str:
+    return (
+        f"Of {graphs['graphs']:,} networks drawn at random from all supported operations, {graphs['equal']:,} were "
+        f"equal, {graphs['silently_wrong']} silently wrong, {graphs['refused']} refused by name, "
+        f"{graphs['crashed']} crashed."
+    )
 
 
 def _share(found: Iterable[Results], part: str, whole: str) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tying.errors import TyingError
 from tying.explain.calls import copies
+from tying.outputs import tensors_inside
 
 MOST = 4
 """So many inputs are tried in every combination."""
@@ -93,7 +93,7 @@ def _cut(inputs: tuple[Tensor, ...], others: tuple[bool, ...] | list[bool]) -> t
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], seed: int = 0) -> list[Tensor]:
     with torch.no_grad():
         torch.default_generator.manual_seed(seed)
-        return [leaf.detach() for leaf in tree_leaves(model(*copies(inputs))) if isinstance(leaf, Tensor)]
+        return [output.detach() for output in tensors_inside(model(*copies(inputs)))]
 
 
 def _is_first(samples: int, made: Tensor, whole: Tensor, drawn: bool) -> bool:

@@ -56,8 +56,9 @@ def _channels_given(network: nn.Module, norms: Mapping[str, str], inputs: tuple[
         def note(norm: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             x: Tensor = (*args, *named.values())[0]
             alone = isinstance(norm, _InstanceNorm) and x.dim() == norm._get_no_batch_dim()  # pyright: ignore[reportPrivateUsage]
-            given[name].add(x.shape[0 if alone else 1])
-            setattr(norm, norms[name], x.shape[0 if alone else 1])  # its forward warns of another one
+            channels = x.shape[0 if alone else 1]
+            given[name].add(channels)
+            setattr(norm, norms[name], channels)  # its forward warns of another one
 
         return note
 

@@ -26,9 +26,9 @@ def written_out(model: nn.Module, plan: TiePlan) -> tuple[nn.Module, TiePlan]:
         PlanError: If the plan does not fit the model.
     """
     plan.check_fits(dict(model.named_parameters()))
-    labels = {qualified(name, "weight"): layer.partition.labels for name, layer in tied_layers(model).items()}
-    places = places_of(model)
-    for name, layer in tied_layers(model).items():
+    layers, places = tied_layers(model), places_of(model)
+    labels = {qualified(name, "weight"): layer.partition.labels for name, layer in layers.items()}
+    for name, layer in layers.items():
         _check_alone(model, name)
         dense = layer.to_linear() if isinstance(layer, TiedLinear) else layer.to_conv()
         dense.weight.requires_grad_(layer.weight.requires_grad)
